@@ -1,0 +1,98 @@
+"""The engine's inner loop: schedule, execute, update."""
+
+import logging
+from collections import deque
+
+from engine.config import EngineConfig
+from engine.core.encoder_cache import EncoderCache
+from engine.core.kv_cache import KVCache
+from engine.core.request import Request
+from engine.core.scheduler import Scheduler
+from engine.messages import EngineOutput, EngineOutputs, EngineRequest
+from engine.models.rotary import long_context_start
+from engine.step import SchedulerOutput
+from engine.worker.model_runner import ModelRunner, PendingStep
+
+logger = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """Owns the scheduler and the model runner; knows neither text nor clients."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.runner = ModelRunner(config)
+        kv_cache = KVCache(
+            self.runner.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
+        feature_size = 0 if config.vision is None else config.vision.feature_size
+        self.scheduler = Scheduler(
+            kv_cache,
+            EncoderCache(config.encoder_cache_tokens),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            encoder_budget=max(config.max_num_batched_tokens, feature_size),
+        )
+        self._long_rope_start = long_context_start(config.text_config)
+        self._depth = config.pipeline_depth
+        self._launched: deque[tuple[SchedulerOutput, PendingStep]] = deque()
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest sequence that can be served: the model's limit or the cache's size, whichever is less."""
+        return min(self.runner.max_model_len, self.scheduler.kv_cache.capacity)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.scheduler.has_requests or bool(self._launched)
+
+    def add(self, source: EngineRequest) -> list[EngineOutput]:
+        """Queue a request; what cannot be served comes back as an output that says so."""
+        try:
+            request = Request(source, self._long_rope_start)
+            request.check_images()
+            self.scheduler.add(request)
+        except (ValueError, AssertionError) as error:
+            return [EngineOutput(source.request_id, [], finish_reason="error", error=str(error) or "bad request")]
+        return []
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Drop requests; unknown names are those that ended by themselves."""
+        for request_id in request_ids:
+            self.scheduler.abort(request_id)
+
+    def step(self) -> EngineOutputs:
+        """Launch the next step, then take in the oldest one if the pipeline is full or nothing could be launched."""
+        scheduled = self.scheduler.schedule()
+        try:
+            if scheduled.requests:
+                self._launched.append((scheduled, self.runner.execute(scheduled)))
+            outputs = self._take_in(force=not scheduled.requests)
+        except Exception as error:
+            outputs = self._recover(scheduled, error)
+        stats = self.scheduler.stats()
+        stats.encoder_seconds, stats.encoder_images = self.runner.encoder_seconds, self.runner.encoder_images
+        return EngineOutputs(outputs, stats)
+
+    def check_integrity(self) -> None:
+        """Raise `AssertionError` unless scheduler and caches are consistent."""
+        self.scheduler.check_integrity()
+
+    def _take_in(self, *, force: bool) -> list[EngineOutput]:
+        if not self._launched or (len(self._launched) < self._depth and not force):
+            return []
+        step, pending = self._launched[0]
+        result = pending.result()
+        self._launched.popleft()
+        return self.scheduler.update(step, result)
+
+    def _recover(self, scheduled: SchedulerOutput, error: Exception) -> list[EngineOutput]:
+        """End the requests of the steps that are on their way, so that the others can go on."""
+        logger.exception("a step failed; its requests end with an error")
+        steps = [step for step, _ in self._launched]
+        if scheduled.requests and not any(step is scheduled for step in steps):
+            steps.append(scheduled)
+        self._launched.clear()
+        self.runner.recover()
+        message = "the GPU ran out of memory" if "out of memory" in str(error) else "the engine failed in this step"
+        return self.scheduler.fail(steps, message)

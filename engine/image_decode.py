@@ -1,0 +1,160 @@
+"""Decoding of untrusted image files into RGB.
+
+Only six formats are tried, the size is checked from the header before any pixel is decoded, and every failure becomes
+an ``ImageError`` whose text may be shown to a client.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message is fit for a client."""
+
+
+_NOT_DECODED = "the image could not be decoded"
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
+    """Decode the first frame of an image file to an upright RGB image without transparency.
+
+    Takes JPEG, PNG, WebP, GIF, BMP and TIFF. Raises ``ImageError`` for anything else, for a damaged or truncated file,
+    and for more than ``max_pixels`` pixels, which is known before any memory is spent on them.
+    """
+    _check_pixels(_webp_size(data), max_pixels)
+    try:
+        image = _open(data)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError("the image has too many pixels") from None
+    except Exception:  # PIL's decoders raise almost anything on damaged input
+        raise ImageError(_NOT_DECODED) from None
+    with image:
+        _check_pixels(image.size, max_pixels)
+        try:
+            image.load()
+            # Asked for after loading: PIL turns TIFF images by itself then, and forgets their orientation.
+            orientation = _orientation(image)
+            rgb = _convert(image)
+            return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+        except Exception:
+            raise ImageError(_NOT_DECODED) from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any PIL mode to RGB: transparency on white, 16-bit grey scaled rather than clipped."""
+    try:
+        return _convert(image)
+    except Exception:
+        raise ImageError(f"an image of mode {image.mode} could not be converted to RGB") from None
+
+
+def _open(data: bytes) -> ImageFile:
+    """Read the header with the one plugin that the first bytes call for.
+
+    ``Image.open(formats=...)`` would do the same but warns or fails by a process-wide pixel limit of its own, and
+    hands JPEG files that hold several frames to yet another plugin.
+    """
+    stream = io.BytesIO(data)
+    if data.startswith(b"\xff\xd8\xff"):
+        return JpegImageFile(stream)
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return PngImageFile(stream)
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return WebPImageFile(stream)
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return GifImageFile(stream)
+    if data.startswith(b"BM"):
+        return BmpImageFile(stream)
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return TiffImageFile(stream)
+    raise ImageError("the image is not JPEG, PNG, WebP, GIF, BMP or TIFF")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Canvas size of an extended WebP file, whose decoder allocates the whole canvas as it reads the header."""
+    if data[:4] != b"RIFF" or data[8:16] != b"WEBPVP8X" or len(data) < 30:
+        return 0, 0
+    return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+
+
+def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise ImageError(f"the image is {width}x{height} pixels, the limit is {max_pixels} pixels")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # broken metadata does not make the picture unusable
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _convert(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _grey_to_rgb(image)
+    if image.has_transparency_data:
+        return _flatten(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Lay the image on white."""
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, tuple) and max(transparent) > 255:
+        # A 16-bit PNG names its transparent colour in 16 bits; PIL has kept the high byte of each pixel.
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    if image.mode in ("RGBa", "La"):  # premultiplied; PIL only knows the way back to the same bands
+        image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
+    rgba = image.convert("RGBA")
+    white = Image.new("RGB", rgba.size, (255, 255, 255))
+    white.paste(rgba, mask=rgba.getchannel("A"))
+    return white
+
+
+def _grey_to_rgb(image: Image.Image) -> Image.Image:
+    """Scale greys of more than 8 bits to 8; PIL's own conversion clips them to white."""
+    values: npt.NDArray[Any] = np.asarray(image)
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I;16"):
+        grey = (values.astype(np.uint32) + 128) // 257
+    else:
+        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+        grey = np.rint(values.clip(0).astype(np.float64) * (255 / _full_scale(values, image.mode)))
+    if isinstance(transparent, int):
+        grey = np.where(values == transparent, 255, grey)
+    return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _full_scale(values: npt.NDArray[Any], mode: str) -> float:
+    """The white level of greys that do not carry one: the smallest usual level that holds the brightest pixel."""
+    brightest = float(values.max(initial=0))
+    levels = (1.0, 255.0, 65535.0) if mode == "F" else (255.0, 65535.0, float(2**31 - 1))
+    return next((level for level in levels if brightest <= level), brightest)

@@ -1,0 +1,276 @@
+"""From a prompt and its images to the token ids and image inputs that the engine core takes."""
+
+import random
+from dataclasses import dataclass, field
+from itertools import count, groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+
+from engine.config import EngineConfig, VisionConfig
+from engine.errors import ModelLoadError
+from engine.image_processor import image_hash
+from engine.messages import EngineRequest, ImageInput
+from engine.multimodal import ImageFeatureData, ImagePixelData
+from engine.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class PreparedImage:
+    """An image that is ready for the engine but has no place in a prompt yet; fields as in `ImageInput`."""
+
+    hash: bytes
+    data: bytes
+    shape: tuple[int, ...]
+    kind: str
+
+
+@dataclass(slots=True)
+class ProcessedPrompt:
+    """A prompt whose placeholders are expanded and whose length is checked."""
+
+    token_ids: list[int]
+    images: list[ImageInput] = field(default_factory=list)
+    text: str | None = None
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens that stand for images."""
+        return sum(image.num_tokens for image in self.images)
+
+
+class InputProcessor:
+    """Holds the tokenizer. Methods may run in any thread, several at a time; all of them raise `ValueError` with a
+    message for the user."""
+
+    def __init__(self, config: EngineConfig, max_model_len: int) -> None:
+        self.config = config
+        self.max_model_len = max_model_len
+        """The longest sequence that the engine serves, which may be less than the model's limit."""
+        self.tokenizer = load_tokenizer(config)
+        self._backend = self.tokenizer.backend_tokenizer
+        self._random = random.Random(config.seed)
+        self._numbers = count()
+
+    @property
+    def image_token(self) -> str | None:
+        """The text of the image placeholder; None for a text-only model."""
+        if self.config.vision is None:
+            return None
+        return str(self.tokenizer.convert_ids_to_tokens(self.config.vision.image_token_id))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with one beginning-of-sequence token where the tokenizer adds one."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        bos = self.tokenizer.bos_token_id
+        if add_special_tokens and bos is not None and ids[:2] == [bos, bos]:
+            return ids[1:]  # the template wrote one too
+        return ids
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids."""
+        self.check_token_ids(token_ids)
+        return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def check_token_ids(self, token_ids: list[int]) -> None:
+        """Refuse ids that the model has no embedding for."""
+        for token in token_ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.config.vocab_size:
+                raise ValueError(f"token id {token!r} is not from 0 to {self.config.vocab_size - 1}")
+
+    def check_image_count(self, number: int) -> None:
+        """Refuse a number of images before any work is spent on them."""
+        vision = self._vision() if number else self.config.vision
+        if vision is not None and number > vision.max_images:
+            raise ValueError(f"the prompt has {number} images: at most {vision.max_images} are allowed")
+
+    def prepare_image(self, image: Any) -> PreparedImage:
+        """Prepare a PIL image or an array; `ImagePixelData` and `ImageFeatureData` say which it must be."""
+        vision = self._vision()
+        if isinstance(image, ImageFeatureData):
+            return _features(image, vision)
+        if vision.input_type == "image_features":
+            raise ValueError("the model was loaded for image_features, but pixels were given: use ImageFeatureData")
+        if isinstance(image, ImagePixelData):
+            image = image.image
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+            if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+                raise ValueError(f"an image of uint8 has shape {image.shape}: it must be (height, width, 3)")
+            image = Image.fromarray(image)
+        if isinstance(image, np.ndarray | torch.Tensor):
+            return _tensor(image, vision)
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"an image is a {type(image).__name__}: it must be a PIL image or a float array")
+        if vision.processor is None:
+            raise ValueError("the image processor is disabled, so only prepared tensors are taken as images")
+        pixels = vision.processor.prepare(image)
+        return PreparedImage(image_hash(pixels, vision.processor.key), pixels.tobytes(), pixels.shape, "pixels")
+
+    def process(
+        self, token_ids: list[int], images: list[PreparedImage], *, text: str | None = None, truncate: int | None = None
+    ) -> ProcessedPrompt:
+        """Expand placeholders and check the prompt's length.
+
+        Args:
+            token_ids: the prompt, each image as one placeholder or as all of its tokens.
+            images: in the order of their placeholders.
+            text: what the ids were made of, if it was text.
+            truncate: keep this many tokens from the end; text only.
+        """
+        self.check_token_ids(token_ids)
+        self.check_image_count(len(images))
+        if truncate is not None:
+            if images:
+                raise ValueError("truncate_prompt_tokens cannot be used with images")
+            token_ids = token_ids[-truncate:]
+        placed: list[ImageInput] = []
+        if self.config.vision is not None:
+            token_ids, placed = _expand(token_ids, images, self.config.vision)
+        if not token_ids:
+            raise ValueError("the prompt is empty")
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(token_ids)} tokens, but the context is {self.max_model_len} tokens, "
+                "of which the answer needs at least one"
+            )
+        return ProcessedPrompt(token_ids, placed, text)
+
+    def default_params(self) -> SamplingParams:
+        """Sampling parameters as the checkpoint's generation_config.json suggests them."""
+        return SamplingParams(**self.config.sampling_defaults)
+
+    def max_tokens(self, prompt: ProcessedPrompt, wanted: int | None) -> int:
+        """How long the answer may be; `ValueError` when prompt and wanted answer exceed the context."""
+        room = self.max_model_len - len(prompt.token_ids)
+        if wanted is not None and wanted > room:
+            raise ValueError(
+                f"max_tokens is {wanted}, but the context is {self.max_model_len} tokens, "
+                f"of which the prompt takes {len(prompt.token_ids)}"
+            )
+        return room if wanted is None else wanted
+
+    def make_requests(
+        self,
+        prompt: ProcessedPrompt,
+        params: SamplingParams,
+        *,
+        max_tokens: int,
+        arrival_time: float,
+        priority: int = 0,
+        cache_salt: str = "",
+        request_id: str | None = None,
+    ) -> list[EngineRequest]:
+        """One engine request for each of the `n` answers, with names and seeds of their own."""
+        params.check_vocab(self.config.vocab_size)
+        if params.bad_words:
+            params.bad_words_token_ids = self._bad_words(params.bad_words)
+        seed = self._random.getrandbits(62) if params.seed is None else params.seed
+        name = request_id or f"request-{next(self._numbers)}"
+        return [
+            EngineRequest(
+                request_id=f"{name}/{index}",
+                prompt_token_ids=prompt.token_ids,
+                params=params,
+                max_tokens=max_tokens,
+                seed=(seed + index + 2**63) % 2**64 - 2**63,
+                eos_token_ids=self.config.eos_token_ids,
+                images=prompt.images,
+                priority=priority,
+                arrival_time=arrival_time,
+                cache_salt=cache_salt,
+            )
+            for index in range(params.n)
+        ]
+
+    def _vision(self) -> VisionConfig:
+        if self.config.vision is None:
+            raise ValueError(f"{self.config.served_names[0]} is a text-only model: it takes no images")
+        return self.config.vision
+
+    def _bad_words(self, words: list[str]) -> list[list[int]]:
+        """Each word's tokens at a text's beginning and inside it, where they differ."""
+        found: list[list[int]] = []
+        for word in words:
+            for text in (word, " " + word.lstrip()):
+                ids = self.encode(text, add_special_tokens=False)
+                if ids and ids not in found:
+                    found.append(ids)
+        return found
+
+
+def load_tokenizer(config: EngineConfig) -> Any:
+    """The checkpoint's tokenizer, in its fast form.
+
+    Raises:
+        ModelLoadError: it is missing, broken or has no fast form.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_path)
+    except Exception as error:  # transformers raises many kinds on files that it does not like
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelLoadError(f"the tokenizer in {config.tokenizer_path} cannot be loaded: {first_line}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ModelLoadError(f"the tokenizer in {config.tokenizer_path} has no fast form (tokenizer.json)")
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def _features(image: ImageFeatureData, vision: VisionConfig) -> PreparedImage:
+    if vision.input_type != "image_features":
+        raise ValueError("the model was loaded for pixel_values, but image features were given: use ImagePixelData")
+    features = _to_float32(image.image_features)
+    wanted = (1, vision.feature_size, vision.feature_dim)
+    if features.shape != wanted:
+        raise ValueError(f"image features have shape {features.shape}: {wanted} is expected")
+    return PreparedImage(image_hash(features[0], b"features"), features[0].tobytes(), features[0].shape, "features")
+
+
+def _tensor(image: npt.NDArray[Any] | torch.Tensor, vision: VisionConfig) -> PreparedImage:
+    pixels = _to_float32(image)
+    if pixels.shape != vision.input_shape:
+        raise ValueError(f"image pixels have shape {pixels.shape}: {vision.input_shape} is expected")
+    return PreparedImage(image_hash(pixels[0], b"tensor"), pixels[0].tobytes(), pixels[0].shape, "tensor")
+
+
+def _to_float32(value: Any) -> npt.NDArray[np.float32]:
+    tensor = torch.as_tensor(value)
+    if not tensor.is_floating_point():
+        raise ValueError(f"an image tensor is of {tensor.dtype}: it must be a float type")
+    return np.ascontiguousarray(tensor.detach().to("cpu", torch.float32).numpy())
+
+
+def _expand(
+    token_ids: list[int], images: list[PreparedImage], vision: VisionConfig
+) -> tuple[list[int], list[ImageInput]]:
+    """Give each image `feature_size` placeholder tokens, unless the prompt has them already."""
+    token, size = vision.image_token_id, vision.feature_size
+    found = token_ids.count(token)
+    runs = [len(list(run)) for is_image, run in groupby(token_ids, lambda t: t == token) if is_image]
+    if found == len(images) * size and all(run % size == 0 for run in runs):
+        width = 1
+    elif found == len(images):
+        width = size
+    else:
+        raise ValueError(
+            f"the prompt has {found} image placeholder tokens, but {len(images)} images were given: "
+            f"{len(images)} (one for each) or {len(images) * size} ({size} for each) are expected"
+        )
+    expanded: list[int] = []
+    offsets: list[int] = []
+    for current in token_ids:
+        if current == token:
+            offsets.append(len(expanded))
+            expanded += [token] * width
+        else:
+            expanded.append(current)
+    starts = offsets if width == size else offsets[::size]
+    placed = [
+        ImageInput(image.hash, start, size, image.data, image.shape, image.kind)
+        for image, start in zip(images, starts, strict=True)
+    ]
+    return expanded, placed

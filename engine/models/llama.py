@@ -1,0 +1,125 @@
+"""Llama and Mistral decoders (Touvron et al., 2023; Jiang et al., 2023) over a paged cache."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from engine.attention import AttentionBackend, AttentionMetadata
+from engine.models.layers import RMSNorm
+from engine.models.rotary import RotaryEmbedding, apply_rotary
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention with fused projections: all queries, then keys, then values."""
+
+    def __init__(self, config: Any, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = head_dim(config)
+        self.sliding_window = getattr(config, "sliding_window", None)
+        self.backend = backend
+        bias = getattr(config, "attention_bias", False)
+        rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
+
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
+        """(T, hidden) to (T, hidden)."""
+        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        query, key, value = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        attended = self.backend.forward(
+            apply_rotary(query, cos, sin),
+            apply_rotary(key, cos, sin),
+            value,
+            cache,
+            metadata,
+            scale=self.head_dim**-0.5,
+            sliding_window=self.sliding_window,
+        )
+        return self.o_proj(attended.flatten(1))  # type: ignore[no-any-return]
+
+
+class LlamaMLP(nn.Module):
+    """Gated feed-forward network; the gate's rows come first in the fused weight."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        bias = getattr(config, "mlp_bias", False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(T, hidden) to (T, hidden)."""
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        return self.down_proj(self.activation(gate) * up)  # type: ignore[no-any-return]
+
+
+class LlamaLayer(nn.Module):
+    """Attention and feed-forward network, each behind a norm and beside a residual."""
+
+    def __init__(self, config: Any, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LlamaAttention(config, backend)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
+        """(T, hidden) to (T, hidden)."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, cache, metadata)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
+
+
+class LlamaModel(nn.Module):
+    """Embedding, layers and final norm."""
+
+    rotary: RotaryEmbedding
+
+    def __init__(self, config: Any, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaLayer(config, backend) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, hidden: Tensor, rotary_rows: Tensor, caches: list[Tensor], metadata: AttentionMetadata
+    ) -> Tensor:
+        """Embeddings (T, hidden) to the last layer's states (T, hidden)."""
+        cos, sin = self.rotary.rows(rotary_rows)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            hidden = layer(hidden, cos, sin, cache, metadata)
+        return self.norm(hidden)  # type: ignore[no-any-return]
+
+
+class LlamaForCausalLM(nn.Module):
+    """A text-only language model; `LlavaForConditionalGeneration` adds sight to it."""
+
+    def __init__(self, config: Any, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.config = config
+        self.language_model = LlamaModel(config, backend)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def finish(self, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Make what is computed rather than loaded: the rotary tables up to `max_len` positions."""
+        self.language_model.rotary = RotaryEmbedding(self.config, max_len, dtype, device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """States (rows, hidden) to float32 logits (rows, vocabulary)."""
+        tied = self.config.tie_word_embeddings
+        weight = self.language_model.embed_tokens.weight if tied else self.lm_head.weight
+        return nn.functional.linear(hidden, weight).float()
+
+
+def head_dim(config: Any) -> int:
+    """Size of one attention head; Mistral configurations may leave it out."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

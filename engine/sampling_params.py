@@ -1,0 +1,128 @@
+"""How tokens are chosen for one request, and when it ends."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1024
+MAX_LOGPROBS = 20
+MAX_N = 16
+MAX_LIST = 1024
+"""Entries allowed in `logit_bias`, `allowed_token_ids`, `stop_token_ids` and `bad_words`."""
+
+
+@dataclass(slots=True)
+class SamplingParams:
+    """Sampling parameters under the names that vLLM and OpenAI use; checked when made.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field, the value and the limit.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or -1: no limit."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    """None: as many as fit the context."""
+    min_tokens: int = 0
+    stop: list[str] | str | None = None
+    stop_token_ids: list[int] = field(default_factory=list)
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    bad_words: list[str] = field(default_factory=list)
+    bad_words_token_ids: list[list[int]] = field(default_factory=list)
+    """Filled in from `bad_words` by the input processor, which has the tokenizer."""
+    allowed_token_ids: list[int] | None = None
+    logit_bias: dict[int, float] | None = None
+    logprobs: int | None = None
+    """None: none; 0: the sampled token's alone; k: of the k best too."""
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            self.stop = [self.stop]
+        self.stop = list(self.stop or [])
+        _check_range("n", self.n, 1, MAX_N)
+        _check_range("temperature", self.temperature, 0, 100)
+        _check_range("top_p", self.top_p, 0, 1, low_open=True)
+        _check_range("min_p", self.min_p, 0, 1)
+        _check_range("top_k", self.top_k, -1, None)
+        _check_range("presence_penalty", self.presence_penalty, -2, 2)
+        _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
+        _check_range("repetition_penalty", self.repetition_penalty, 0, 100, low_open=True)
+        _check_range("max_tokens", self.max_tokens, 1, None)
+        _check_range("min_tokens", self.min_tokens, 0, None)
+        _check_range("seed", self.seed, -(2**63), 2**63 - 1)
+        _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _check_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens is {self.min_tokens}: it must not exceed max_tokens, {self.max_tokens}")
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        assert isinstance(self.stop, list)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise ValueError(f"stop holds {len(self.stop)} strings: at most {MAX_STOP_STRINGS} are allowed")
+        if any(not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH for text in self.stop):
+            raise ValueError(f"stop: each entry must be a string of 1 to {MAX_STOP_LENGTH} characters")
+        if self.stop and self.n < 1:
+            raise ValueError("stop needs n of at least 1")
+        _check_ids("stop_token_ids", self.stop_token_ids)
+        if self.allowed_token_ids is not None:
+            if not self.allowed_token_ids:
+                raise ValueError("allowed_token_ids is empty: no token could be sampled")
+            _check_ids("allowed_token_ids", self.allowed_token_ids)
+        if len(self.bad_words) > MAX_LIST or any(not 0 < len(w) <= MAX_STOP_LENGTH for w in self.bad_words):
+            raise ValueError(f"bad_words: at most {MAX_LIST} words of 1 to {MAX_STOP_LENGTH} characters")
+        if self.logit_bias is not None:
+            self.logit_bias = {int(token): float(bias) for token, bias in self.logit_bias.items()}
+            _check_ids("logit_bias", list(self.logit_bias))
+            for bias in self.logit_bias.values():
+                _check_range("logit_bias", bias, -100, 100)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.temperature < 1e-5
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raise `ValueError` when a token id named here is not in the vocabulary."""
+        named = {
+            "stop_token_ids": self.stop_token_ids,
+            "allowed_token_ids": self.allowed_token_ids or [],
+            "logit_bias": list(self.logit_bias or []),
+        }
+        for name, ids in named.items():
+            for token in ids:
+                if not 0 <= token < vocab_size:
+                    raise ValueError(f"{name} holds {token}: token ids go from 0 to {vocab_size - 1}")
+
+
+def _check_range(
+    name: str, value: float | None, low: float, high: float | None, *, low_open: bool = False
+) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}: it must be a finite number")
+    too_low = value <= low if low_open else value < low
+    if too_low or (high is not None and value > high):
+        bound = f"above {low:g}" if low_open else f"at least {low:g}"
+        upper = "" if high is None else f" and at most {high:g}"
+        raise ValueError(f"{name} is {value:g}: it must be {bound}{upper}")
+
+
+def _check_ids(name: str, ids: Sequence[int]) -> None:
+    if len(ids) > MAX_LIST:
+        raise ValueError(f"{name} holds {len(ids)} entries: at most {MAX_LIST} are allowed")
+    if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
+        raise ValueError(f"{name} must hold token ids (integers from 0)")

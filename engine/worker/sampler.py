@@ -1,0 +1,172 @@
+"""From logits to token ids, for a whole batch at once."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.sampling_params import SamplingParams
+from engine.worker.input_batch import InputBatch, Slot
+from engine.worker.logits_rules import TokenRules
+from engine.worker.random_noise import gumbel_noise, noise_keys
+
+_Floats = npt.NDArray[np.float32]
+_Ints = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class Logprobs:
+    """Log probabilities of some rows, still on the device."""
+
+    taken: Tensor
+    """(rows) of the token taken."""
+    rank: Tensor
+    """(rows) its rank, from 1."""
+    top_values: Tensor
+    """(rows, k) the highest, best first."""
+    top_ids: Tensor
+    """(rows, k)."""
+
+
+class Sampler:
+    """Keeps each slot's parameters in arrays, so that a step gathers them without asking each request.
+
+    Order: token rules (allowed ids, bad words, minimum length, bias), penalties, temperature, min_p, top_k, top_p.
+    Greedy rows stop after the penalties.
+    """
+
+    def __init__(self, batch: InputBatch, num_slots: int, vocab_size: int) -> None:
+        self._batch = batch
+        self._vocab_size = vocab_size
+        self._rules = TokenRules(batch, vocab_size)
+        self._greedy = np.ones(num_slots, bool)
+        self._temperature, self._top_p, self._min_p = (np.zeros(num_slots, np.float32) for _ in range(3))
+        self._top_k, self._seeds, self._logprobs = (np.zeros(num_slots, np.int64) for _ in range(3))
+        self._penalties = np.zeros((num_slots, 3), np.float32)
+        self._penalized, self._ruled = np.zeros(num_slots, bool), np.zeros(num_slots, bool)
+        # Made when the first request asks for a penalty.
+        self._in_prompt: Tensor | None = None
+        self._output_counts: Tensor | None = None
+
+    def add(self, slot: Slot, token_ids: list[int]) -> None:
+        """Take over the parameters of a request that starts with these tokens, prompt and earlier output."""
+        i, params = slot.index, slot.request.params
+        self._greedy[i] = params.is_greedy
+        self._temperature[i], self._top_p[i], self._min_p[i] = params.temperature, params.top_p, params.min_p
+        self._top_k[i] = params.top_k if 0 < params.top_k < self._vocab_size else self._vocab_size
+        self._seeds[i] = slot.request.seed
+        self._logprobs[i] = -1 if params.logprobs is None else params.logprobs
+        self._penalties[i] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        self._penalized[i] = has_penalty(params)
+        self._ruled[i] = self._rules.add(slot)
+        if self._penalized[i]:
+            self._start_counts(i, token_ids, len(slot.request.prompt_token_ids))
+
+    def remove(self, index: int) -> None:
+        """Forget a slot's rules."""
+        self._rules.remove(index)
+
+    def logprobs_wanted(self, slots: _Ints) -> _Ints:
+        """(rows) How many log probabilities each row wants; -1 for none."""
+        return self._logprobs[slots]
+
+    def sample(self, logits: Tensor, slots: _Ints, positions: _Ints, num_outputs: _Ints) -> Tensor:
+        """Choose a token for each row.
+
+        Args:
+            logits: (rows, vocabulary) float32; changed in place.
+            slots: (rows) whose parameters to use.
+            positions: (rows) index that the new token will have in its sequence.
+            num_outputs: (rows) tokens generated before it.
+
+        Returns:
+            (rows) int64 token ids, on the device.
+        """
+        ruled = np.flatnonzero(self._ruled[slots])
+        if len(ruled):
+            self._rules.apply(logits, ruled, slots, positions, num_outputs)
+        penalized = np.flatnonzero(self._penalized[slots])
+        if len(penalized):
+            self._penalize(logits, penalized, slots)
+        tokens = logits.argmax(-1)
+        random = np.flatnonzero(~self._greedy[slots])
+        if len(random):
+            rows = self._batch.upload(random)
+            tokens[rows] = self._sample_randomly(logits[rows], slots[random], positions[random])
+        if len(penalized):
+            self._count(tokens, penalized, slots)
+        return tokens
+
+    def _sample_randomly(self, logits: Tensor, slots: _Ints, positions: _Ints) -> Tensor:
+        logits /= self._column(self._temperature[slots])
+        if (self._min_p[slots] > 0).any():
+            floor = np.log(np.maximum(self._min_p[slots], np.finfo(np.float32).tiny))
+            lowest = logits.amax(-1, keepdim=True) + self._column(floor)
+            logits.masked_fill_(logits < lowest, float("-inf"))
+        top_k, top_p = self._top_k[slots], self._top_p[slots]
+        limited = np.flatnonzero((top_k < self._vocab_size) | (top_p < 1))
+        if len(limited):
+            rows = self._batch.upload(limited)
+            ks = self._batch.upload(top_k[limited]).unsqueeze(1)
+            logits[rows] = keep_top(logits[rows], ks, self._column(top_p[limited]))
+        keys = self._batch.upload(noise_keys(self._seeds[slots], positions))
+        return (logits + gumbel_noise(keys, logits.shape[1])).argmax(-1)
+
+    def _penalize(self, logits: Tensor, rows: _Ints, slots: _Ints) -> None:
+        assert self._in_prompt is not None and self._output_counts is not None
+        where, of = self._batch.upload(rows), self._batch.upload(slots[rows])
+        repetition, presence, frequency = (self._column(c) for c in self._penalties[slots[rows]].T)
+        scores, counts = logits[where], self._output_counts[of]
+        seen = self._in_prompt[of] | (counts > 0)
+        repeated = torch.where(scores > 0, scores / repetition, scores * repetition)
+        scores = torch.where(seen, repeated, scores)
+        logits[where] = scores - frequency * counts - presence * (counts > 0)
+
+    def _count(self, tokens: Tensor, rows: _Ints, slots: _Ints) -> None:
+        assert self._output_counts is not None
+        where, of = self._batch.upload(rows), self._batch.upload(slots[rows])
+        one = torch.ones(1, dtype=self._output_counts.dtype, device=tokens.device)
+        self._output_counts.index_put_((of, tokens[where]), one, accumulate=True)
+
+    def _start_counts(self, index: int, token_ids: list[int], num_prompt: int) -> None:
+        if self._in_prompt is None or self._output_counts is None:
+            shape, device = (len(self._greedy), self._vocab_size), self._batch.device
+            self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=device)
+            self._output_counts = torch.zeros(shape, dtype=torch.int32, device=device)
+        prompt, output = (np.array(ids, np.int64) for ids in (token_ids[:num_prompt], token_ids[num_prompt:]))
+        mask = np.zeros(self._vocab_size, bool)
+        mask[prompt] = True
+        counts = np.bincount(output, minlength=self._vocab_size).astype(np.int32)
+        self._in_prompt[index] = self._batch.upload(mask)
+        self._output_counts[index] = self._batch.upload(counts)
+
+    def _column(self, values: _Floats) -> Tensor:
+        return self._batch.upload(values.astype(np.float32)).unsqueeze(1)
+
+
+def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Set all but the likeliest to -inf: the first `top_k` (rows, 1), and of those the fewest whose probabilities sum
+    to `top_p` (rows, 1) or more."""
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    ordered.masked_fill_(rank >= top_k, float("-inf"))
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    ordered.masked_fill_((before >= top_p) & (rank > 0), float("-inf"))
+    return torch.empty_like(logits).scatter_(1, ids, ordered)
+
+
+def gather_logprobs(logits: Tensor, taken: Tensor, count: int) -> Logprobs:
+    """Log probabilities of the taken tokens (rows) and of the `count` best, from raw logits (rows, vocabulary)."""
+    logprobs = logits.log_softmax(-1)
+    of_taken = logprobs.gather(1, taken.unsqueeze(1))
+    rank = (logprobs > of_taken).sum(-1) + 1
+    values, ids = logprobs.topk(count, dim=-1)
+    return Logprobs(of_taken.squeeze(1), rank, values, ids)
+
+
+def has_penalty(params: SamplingParams) -> bool:
+    """Whether any penalty changes logits."""
+    return bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty)
