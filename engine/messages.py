@@ -90,3 +90,12 @@ class EngineOutputs:
 
     outputs: list[EngineOutput]
     stats: SchedulerStats
+
+
+@dataclass(slots=True)
+class EngineReady:
+    """The engine process's first message."""
+
+    max_model_len: int
+    """The longest sequence it serves: the model's limit or the cache's size, whichever is less."""
+    num_blocks: int

@@ -8,7 +8,7 @@ from engine.core.encoder_cache import EncoderCache
 from engine.core.kv_cache import KVCache
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
-from engine.messages import EngineOutput, EngineOutputs, EngineRequest
+from engine.messages import EngineOutput, EngineOutputs, EngineRequest, SchedulerStats
 from engine.models.rotary import long_context_start
 from engine.step import SchedulerOutput
 from engine.worker.model_runner import ModelRunner, PendingStep
@@ -70,9 +70,13 @@ class EngineCore:
             outputs = self._take_in(force=not scheduled.requests)
         except Exception as error:
             outputs = self._recover(scheduled, error)
+        return EngineOutputs(outputs, self.stats())
+
+    def stats(self) -> SchedulerStats:
+        """The state of queues and caches, and the encoder's work so far."""
         stats = self.scheduler.stats()
         stats.encoder_seconds, stats.encoder_images = self.runner.encoder_seconds, self.runner.encoder_images
-        return EngineOutputs(outputs, stats)
+        return stats
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` unless scheduler and caches are consistent."""

@@ -1,0 +1,139 @@
+"""Conversations to prompts, by the checkpoint's own Jinja template."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from engine.config import EngineConfig
+from engine.errors import ModelLoadError
+
+_LLAVA_TEMPLATE = Path(__file__).parent.parent / "templates" / "template_llava.jinja"
+_PROBE = "content-style-probe"
+_IMAGE_TYPES = ("image", "image_url")
+
+
+def find_template(config: EngineConfig, given: str | None, tokenizer: Any) -> str | None:
+    """The template to use: what was given (a path or the template itself), else the checkpoint's, else LLaVA-1.5's for
+    a LLaVA; None where there is none.
+
+    Raises:
+        ValueError: what was given is neither a template nor a file that can be read.
+        ModelLoadError: the checkpoint's template cannot be read.
+    """
+    if given is not None:
+        return _read_given(given)
+    file = config.model_path / "chat_template.jinja"
+    try:
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"{file} cannot be read: {error}") from error
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    if own is None:
+        own = _old_template(config.model_path / "chat_template.json")
+    if own is None and config.vision is not None:
+        own = _LLAVA_TEMPLATE.read_text(encoding="utf-8")
+    return own
+
+
+def image_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a message that are images, in order."""
+    content = message.get("content")
+    return [part for part in content if part.get("type") in _IMAGE_TYPES] if isinstance(content, list) else []
+
+
+class ChatTemplate:
+    """Renders messages in sandboxed Jinja, whichever way the template wants their content: string or list of parts."""
+
+    def __init__(self, tokenizer: Any, template: str | None, image_token: str | None) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._image_token = image_token
+        self._takes_parts = template is not None and self._probe()
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt of a conversation, one placeholder for each image part.
+
+        Raises:
+            ValueError: there is no template, it refuses the messages, or a text holds the image placeholder.
+        """
+        if self._template is None:
+            raise ValueError("the model has no chat template: give one with --chat-template, or use completions")
+        prepared = [self._prepare(message) for message in messages]
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                prepared,
+                tools=tools,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **kwargs,
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"the chat template cannot render the messages: {error}") from error
+        return str(rendered)
+
+    def _prepare(self, message: dict[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
+        texts = [part["text"] for part in parts if part.get("type") == "text"]
+        if self._image_token is not None and any(self._image_token in text for text in texts):
+            raise ValueError(f"a message holds the text {self._image_token!r}, which stands for an image")
+        if self._takes_parts:
+            shown = [{"type": "image"} if part.get("type") in _IMAGE_TYPES else part for part in parts]
+            return {**message, "content": shown}
+        images = f"{self._image_token}\n" * len(image_parts(message))
+        return {**message, "content": images + "\n".join(texts)}
+
+    def _probe(self) -> bool:
+        """Whether the template renders a list of parts; one that does not prints it, fails on it, or skips the image."""
+        parts = [{"type": "text", "text": _PROBE}]
+        if self._image_token is not None:
+            parts.insert(0, {"type": "image"})
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": parts}],
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except Exception:  # a template may fail in any way on what it was not written for
+            return False
+        shown = self._image_token is None or self._image_token in rendered
+        return shown and _PROBE in rendered and "'type'" not in rendered
+
+
+def _read_given(given: str) -> str:
+    if "{" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--chat-template {given!r} is neither a template nor a readable file") from error
+
+
+def _old_template(file: Path) -> str | None:
+    """The template of checkpoints that keep it in chat_template.json."""
+    if not file.is_file():
+        return None
+    try:
+        template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelLoadError(f"{file} cannot be read: {error}") from error
+    return template if isinstance(template, str) else None

@@ -1,0 +1,306 @@
+"""The API process's side of the engine: starts the process, sends requests, hands out text as it comes."""
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from engine.config import EngineConfig
+from engine.errors import EngineDeadError, ModelLoadError, QueueFullError
+from engine.input_processor import InputProcessor, ProcessedPrompt
+from engine.messages import EngineOutputs, EngineReady, EngineRequest, SchedulerStats
+from engine.output_processor import OutputProcessor
+from engine.outputs import Delta
+from engine.process import ABORT, ADD, FAILED, OUTPUTS, STOP, run_engine
+from engine.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_STOP_SECONDS = 5.0
+
+
+class ResponseStream:
+    """The deltas of one request's answers. Leaving the `async with` block early aborts what still runs.
+
+    A reader that is slower than the engine gets merged deltas: at most one waits for each answer.
+    """
+
+    def __init__(self, engine: "AsyncEngine", requests: list[EngineRequest]) -> None:
+        self._engine = engine
+        self._running = {request.request_id for request in requests}
+        self._waiting: dict[int, Delta] = {}
+        self._news = asyncio.Event()
+        self._error: Exception | None = None
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        """The next delta of any answer.
+
+        Raises:
+            EngineDeadError: the engine process ended.
+        """
+        while not self._waiting:
+            if self._error is not None:
+                raise self._error
+            if not self._running:
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        return self._waiting.pop(next(iter(self._waiting)))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        """Stop the answers that still run."""
+        running, self._running = self._running, set()
+        if running:
+            self._engine.abort(running)
+
+    def put(self, request_id: str, delta: Delta) -> None:
+        """Add a delta (the engine calls this)."""
+        waiting = self._waiting.get(delta.index)
+        if waiting is None:
+            self._waiting[delta.index] = delta
+        else:
+            waiting.merge(delta)
+        if delta.finish_reason is not None:
+            self._running.discard(request_id)
+        self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        """End with an error (the engine calls this)."""
+        self._running.clear()
+        self._error = error
+        self._news.set()
+
+
+class AsyncEngine:
+    """The engine in a process of its own, for one event loop.
+
+        engine = await AsyncEngine.start(config)
+        prompt = engine.inputs.process(engine.inputs.encode("Hello"), [])
+        async with engine.generate(prompt, SamplingParams()) as stream:
+            async for delta in stream: ...
+        await engine.stop()
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.inputs: InputProcessor
+        self.stats = SchedulerStats()
+        """The newest that the engine process sent."""
+        self.dead = asyncio.Event()
+        """Set when the engine process has ended, wanted or not."""
+        self._num_claimed = 0
+        self._outputs: OutputProcessor
+        self._streams: dict[str, ResponseStream] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def start(cls, config: EngineConfig, *, log_level: str = "info") -> Self:
+        """Start the engine process and wait until it serves.
+
+        Raises:
+            ModelLoadError: it could not.
+        """
+        engine = cls(config)
+        engine._open_sockets()
+        context = multiprocessing.get_context("spawn")
+        args = (config, engine._address("in"), engine._address("out"), log_level)
+        engine._process = context.Process(target=run_engine, args=args, name="engine")
+        engine._process.start()
+        try:
+            ready = await engine._wait_until_ready()
+            engine.inputs = await asyncio.to_thread(InputProcessor, config, ready.max_model_len)
+        except BaseException:
+            await engine.stop()
+            raise
+        engine._outputs = OutputProcessor(engine.inputs.tokenizer)
+        engine._tasks.append(asyncio.create_task(engine._receive()))
+        return engine
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are served."""
+        return not self.dead.is_set()
+
+    @property
+    def num_active(self) -> int:
+        """Answers that run or wait."""
+        return len(self._streams)
+
+    @contextlib.contextmanager
+    def admission(self, count: int) -> Any:
+        """Claim places in the queue for `count` answers, before any work is spent on their prompt.
+
+        Raises:
+            QueueFullError: as many wait as are allowed to.
+            EngineDeadError: the engine process ended.
+        """
+        if not self.is_alive:
+            raise EngineDeadError
+        room = self.config.max_num_seqs + self.config.max_num_queued_reqs
+        full = self.stats.num_waiting > self.config.max_num_queued_reqs
+        if full or self.num_active + self._num_claimed + count > max(room, count):
+            raise QueueFullError
+        self._num_claimed += count
+        try:
+            yield
+        finally:
+            self._num_claimed -= count
+
+    def generate(
+        self,
+        prompt: ProcessedPrompt,
+        params: SamplingParams,
+        *,
+        max_tokens: int | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        request_id: str | None = None,
+    ) -> ResponseStream:
+        """Send a request to the engine.
+
+        Args:
+            prompt: made by `inputs.process`.
+            params: how to sample; `params.max_tokens` of None fills the context.
+            max_tokens: made by `inputs.max_tokens`; by default it is called with `params.max_tokens`.
+            priority: lower is served first.
+            cache_salt: prompts share cached prefixes only with those of the same salt.
+            request_id: for the log; must be unique.
+
+        Raises:
+            ValueError: the parameters do not fit the model or the prompt.
+            EngineDeadError: the engine process ended.
+        """
+        if not self.is_alive:
+            raise EngineDeadError
+        requests = self.inputs.make_requests(
+            prompt,
+            params,
+            max_tokens=self.inputs.max_tokens(prompt, params.max_tokens) if max_tokens is None else max_tokens,
+            arrival_time=time.monotonic(),
+            priority=priority,
+            cache_salt=cache_salt,
+            request_id=request_id,
+        )
+        stream = ResponseStream(self, requests)
+        self._outputs.add(requests)
+        for request in requests:
+            self._streams[request.request_id] = stream
+            self._send(ADD, request)
+        return stream
+
+    def abort(self, request_ids: set[str]) -> None:
+        """Drop answers; streams of theirs get nothing more."""
+        for request_id in request_ids:
+            self._streams.pop(request_id, None)
+            self._outputs.remove(request_id)
+        if self.is_alive:
+            self._send(ABORT, sorted(request_ids))
+
+    async def stop(self) -> None:
+        """End the engine process and every stream."""
+        self._fail_streams()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._process.is_alive():
+            with contextlib.suppress(zmq.ZMQError):
+                await asyncio.wait_for(self._inbox.send_multipart([STOP, b""]), _STOP_SECONDS)
+            await asyncio.to_thread(self._process.join, _STOP_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            await asyncio.to_thread(self._process.join)
+        self.dead.set()
+        self._process.close()
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _open_sockets(self) -> None:
+        # Only this user may enter the folder, and so speak to the engine.
+        self._folder = Path(tempfile.mkdtemp(prefix="engine-"))
+        self._context = zmq.asyncio.Context()
+        self._inbox = self._context.socket(zmq.PUSH)
+        self._outbox = self._context.socket(zmq.PULL)
+        for socket, name in ((self._inbox, "in"), (self._outbox, "out")):
+            socket.set_hwm(0)
+            socket.bind(self._address(name))
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def _address(self, name: str) -> str:
+        return f"ipc://{self._folder / name}"
+
+    async def _wait_until_ready(self) -> EngineReady:
+        while not await self._outbox.poll(100):
+            if not self._process.is_alive():
+                raise ModelLoadError(f"the engine process ended at its start (exit status {self._process.exitcode})")
+        kind, payload = await self._outbox.recv_multipart()
+        if kind == FAILED:
+            raise ModelLoadError(payload.decode())
+        self._tasks.append(asyncio.create_task(self._watch()))
+        return msgspec.msgpack.decode(payload, type=EngineReady)
+
+    def _send(self, kind: bytes, message: Any) -> None:
+        # The queue of the socket has no bound and the peer is local: this never waits. Admission bounds it.
+        zmq.Socket.send_multipart(self._sync_inbox, [kind, self._encoder.encode(message)], zmq.NOBLOCK)
+
+    @property
+    def _sync_inbox(self) -> zmq.Socket[bytes]:
+        return zmq.Socket.shadow(self._inbox.underlying)
+
+    async def _receive(self) -> None:
+        decoder = msgspec.msgpack.Decoder(EngineOutputs)
+        while True:
+            kind, payload = await self._outbox.recv_multipart()
+            assert kind == OUTPUTS
+            received = decoder.decode(payload)
+            self.stats = received.stats
+            now = time.monotonic()
+            for output in received.outputs:
+                processed = self._outputs.process(output, now)
+                if processed is None:
+                    continue
+                delta, must_abort = processed
+                self._streams[output.request_id].put(output.request_id, delta)
+                if delta.finish_reason is not None:
+                    del self._streams[output.request_id]
+                if must_abort:
+                    self._send(ABORT, [output.request_id])
+
+    async def _watch(self) -> None:
+        """Notice the end of the engine process."""
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._process.sentinel, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(self._process.sentinel)
+        logger.error("the engine process ended unexpectedly (exit status %s)", self._process.exitcode)
+        self._fail_streams()
+        self.dead.set()
+
+    def _fail_streams(self) -> None:
+        streams, self._streams = set(self._streams.values()), {}
+        for stream in streams:
+            stream.fail(EngineDeadError())

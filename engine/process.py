@@ -1,0 +1,107 @@
+"""The engine process: a synchronous loop around the core, with one thread for input and one for output."""
+
+import logging
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from typing import Any
+
+import msgspec
+import zmq
+
+from engine.config import EngineConfig
+from engine.core.engine_core import EngineCore
+from engine.errors import ModelLoadError
+from engine.log import configure_logging
+from engine.messages import EngineOutputs, EngineReady, EngineRequest
+
+logger = logging.getLogger(__name__)
+
+# The first frame of a message says what the second one holds.
+ADD, ABORT, STOP = b"add", b"abort", b"stop"
+READY, FAILED, OUTPUTS = b"ready", b"failed", b"outputs"
+
+_Inbox = queue.SimpleQueue[tuple[bytes, Any]]
+
+
+def run_engine(config: EngineConfig, inbox_address: str, outbox_address: str, log_level: str) -> None:
+    """The process's entry point: serve until told to stop, or until the parent is gone."""
+    # A terminal sends Ctrl-C to both processes; the parent drains first and then says stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    configure_logging(log_level)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    context = zmq.Context()
+    outbox = context.socket(zmq.PUSH)
+    outbox.connect(outbox_address)
+    try:
+        core = EngineCore(config)
+    except Exception as error:
+        if not isinstance(error, ModelLoadError):
+            logger.exception("the engine could not start")
+        outbox.send_multipart([FAILED, str(error).encode() or type(error).__name__.encode()])
+        context.destroy(linger=2000)
+        return
+    ready = EngineReady(core.max_model_len, core.runner.num_blocks)
+    outbox.send_multipart([READY, msgspec.msgpack.encode(ready)])
+    received: _Inbox = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(context, inbox_address, received), daemon=True).start()
+    to_send: queue.SimpleQueue[EngineOutputs | None] = queue.SimpleQueue()
+    sender = threading.Thread(target=_send, args=(outbox, to_send))
+    sender.start()
+    try:
+        _loop(core, received, to_send)
+    finally:
+        to_send.put(None)
+        sender.join()
+        # The receiving thread ends with the process.
+        outbox.close(linger=1000)
+
+
+def _loop(core: EngineCore, received: _Inbox, to_send: "queue.SimpleQueue[EngineOutputs | None]") -> None:
+    while True:
+        outputs = []
+        aborted = False
+        while not received.empty() or not core.has_work:
+            kind, payload = received.get()
+            if kind == STOP:
+                return
+            if kind == ADD:
+                outputs += core.add(payload)
+            else:
+                core.abort(payload)
+                aborted = True
+            if outputs or aborted:
+                break
+        if outputs or (aborted and not core.has_work):
+            to_send.put(EngineOutputs(outputs, core.stats()))
+        if core.has_work:
+            to_send.put(core.step())
+
+
+def _receive(context: zmq.Context[zmq.Socket[bytes]], address: str, received: _Inbox) -> None:
+    inbox = context.socket(zmq.PULL)
+    inbox.connect(address)
+    requests = msgspec.msgpack.Decoder(EngineRequest)
+    names = msgspec.msgpack.Decoder(list[str])
+    while True:
+        kind, payload = inbox.recv_multipart()
+        decoded = requests.decode(payload) if kind == ADD else names.decode(payload) if kind == ABORT else None
+        received.put((kind, decoded))
+        if kind == STOP:
+            return
+
+
+def _send(outbox: zmq.Socket[bytes], to_send: "queue.SimpleQueue[EngineOutputs | None]") -> None:
+    encoder = msgspec.msgpack.Encoder()
+    while (outputs := to_send.get()) is not None:
+        outbox.send_multipart([OUTPUTS, encoder.encode(outputs)])
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
