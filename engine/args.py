@@ -51,9 +51,7 @@ class EngineArgs:
     image_input_shape: str | tuple[int, ...] | None = _flag(
         None, "vision", "shape of one image, such as 1,3,336,336; default: the checkpoint's"
     )
-    image_feature_size: int | None = _flag(
-        None, "vision", "tokens of one image; default: the checkpoint's", kind=int
-    )
+    image_feature_size: int | None = _flag(None, "vision", "tokens of one image; default: the checkpoint's", kind=int)
     image_processor: str | None = _flag(
         None, "vision", "Hub id or folder whose image processor is used; default: the model's"
     )

@@ -31,7 +31,7 @@ def find_template(config: EngineConfig, given: str | None, tokenizer: Any) -> st
             return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelLoadError(f"{file} cannot be read: {error}") from error
-    own = tokenizer.chat_template
+    own: str | dict[str, str] | None = tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default")
     if own is None:
@@ -102,7 +102,7 @@ class ChatTemplate:
         return {**message, "content": images + "\n".join(texts)}
 
     def _probe(self) -> bool:
-        """Whether the template renders a list of parts; one that does not prints it, fails on it, or skips the image."""
+        """Whether the template renders a list of parts; one that does not prints it, fails on it or skips images."""
         parts = [{"type": "text", "text": _PROBE}]
         if self._image_token is not None:
             parts.insert(0, {"type": "image"})

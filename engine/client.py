@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -96,11 +97,11 @@ class ResponseStream:
 class AsyncEngine:
     """The engine in a process of its own, for one event loop.
 
-        engine = await AsyncEngine.start(config)
-        prompt = engine.inputs.process(engine.inputs.encode("Hello"), [])
-        async with engine.generate(prompt, SamplingParams()) as stream:
-            async for delta in stream: ...
-        await engine.stop()
+    engine = await AsyncEngine.start(config)
+    prompt = engine.inputs.process(engine.inputs.encode("Hello"), [])
+    async with engine.generate(prompt, SamplingParams()) as stream:
+        async for delta in stream: ...
+    await engine.stop()
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -112,6 +113,7 @@ class AsyncEngine:
         """Set when the engine process has ended, wanted or not."""
         self._num_claimed = 0
         self._outputs: OutputProcessor
+        self._process: BaseProcess
         self._streams: dict[str, ResponseStream] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -218,6 +220,13 @@ class AsyncEngine:
         if self.is_alive:
             self._send(ABORT, sorted(request_ids))
 
+    def fail_all(self, reason: str) -> None:
+        """Abort everything; each stream ends with an error that gives the reason."""
+        running = set(self._streams)
+        self._fail_streams(EngineDeadError(reason))
+        if running:
+            self.abort(running)
+
     async def stop(self) -> None:
         """End the engine process and every stream."""
         self._fail_streams()
@@ -300,7 +309,7 @@ class AsyncEngine:
         self._fail_streams()
         self.dead.set()
 
-    def _fail_streams(self) -> None:
+    def _fail_streams(self, error: EngineDeadError | None = None) -> None:
         streams, self._streams = set(self._streams.values()), {}
         for stream in streams:
-            stream.fail(EngineDeadError())
+            stream.fail(error or EngineDeadError())

@@ -103,7 +103,7 @@ def create_config(args: EngineArgs) -> EngineConfig:
     _check(args)
     if not args.model:
         raise ValueError("--model is missing: give a Hub id or a folder")
-    path = resolve_model(args.model, args.revision)
+    path = resolve_model(args.model, args.revision, weights=args.load_format != "dummy")
     hf_config = _read_config(path)
     text = hf_config.text_config if hf_config.model_type == "llava" else hf_config
     device = _device(args.device)
@@ -164,9 +164,7 @@ def _check(args: EngineArgs) -> None:
     if args.tensor_parallel_size != 1:
         raise ValueError(f"--tensor-parallel-size is {args.tensor_parallel_size}: only 1 is available yet")
     if args.distributed_executor_backend not in (None, "mp"):
-        raise ValueError(
-            f"--distributed-executor-backend {args.distributed_executor_backend} is not available: mp is"
-        )
+        raise ValueError(f"--distributed-executor-backend {args.distributed_executor_backend} is not available: mp is")
     if args.disable_image_processor and args.image_processor is not None:
         raise ValueError("--disable-image-processor and --image-processor exclude each other")
     if args.image_processor_revision is not None and args.image_processor is None:

@@ -52,7 +52,8 @@ class Detokenizer:
 
 class StopMatcher:
     """Finds the first stop string in a text that grows, and what of its end may be the beginning of one (Knuth, Morris
-    and Pratt, 1977: constant work a character and stop string, however long they are)."""
+    and Pratt, 1977: constant work a character and stop string, however long they are).
+    """
 
     def __init__(self, stops: list[str]) -> None:
         self._stops = stops

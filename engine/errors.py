@@ -6,10 +6,10 @@ class ModelLoadError(Exception):
 
 
 class EngineDeadError(Exception):
-    """The engine process has ended; nothing can be served."""
+    """The engine process has ended, or is about to; nothing can be served."""
 
-    def __init__(self) -> None:
-        super().__init__("the engine has stopped")
+    def __init__(self, reason: str = "the engine has stopped") -> None:
+        super().__init__(reason)
 
 
 class QueueFullError(Exception):

@@ -1,4 +1,4 @@
-"""Image preparation of CLIP-type vision towers: what a preprocessor_config.json asks for, without transformers or torch.
+"""Image preparation of CLIP-type vision towers as a preprocessor_config.json asks for it, without torch.
 
 ``ImageProcessor.prepare`` stops at uint8 pixels; rescaling and normalizing are left to the device, which gets a quarter
 of the bytes that way. The pixels equal those of Hugging Face's PIL backend bit for bit, save where a tiny file would
@@ -40,9 +40,7 @@ _REFUSED_FIELDS = (
     "size_divisor",
     "crop_pct",
 )
-_SERVED_SWITCHES = frozenset(
-    {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"}
-)
+_SERVED_SWITCHES = frozenset({"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"})
 
 # A 64000x1 image scaled by its short edge, or padded to a square, holds billions of pixels. Beyond this many the
 # work is confined to what the result shows, which may differ from the full computation by one grey level.
@@ -109,8 +107,7 @@ class ImageProcessor:
         padded_square = self.do_resize and self.do_pad
         if not (self.do_center_crop or squashed or padded_square):
             raise ValueError(
-                "image processor: without do_center_crop the output has no fixed size; "
-                "size must hold height and width"
+                "image processor: without do_center_crop the output has no fixed size; size must hold height and width"
             )
 
     @property
@@ -183,7 +180,7 @@ def image_hash(array: npt.NDArray[Any], key: bytes) -> bytes:
     header = repr((key, array.dtype.str, array.shape)).encode()
     digest = hashlib.sha256(len(header).to_bytes(8, "little"))
     digest.update(header)
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.digest()
 
 
@@ -202,9 +199,7 @@ def _center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def _resize_center(
-    image: Image.Image, size: tuple[int, int], window: tuple[int, int], resample: int
-) -> Image.Image:
+def _resize_center(image: Image.Image, size: tuple[int, int], window: tuple[int, int], resample: int) -> Image.Image:
     """The centre ``window`` of ``image`` resized to ``size``, without building the rest of it."""
     cut_from, cut_to, box_from, box_to = [], [], [], []
     for source, target, shown in zip(image.size, size, window, strict=True):

@@ -45,7 +45,8 @@ class ProcessedPrompt:
 
 class InputProcessor:
     """Holds the tokenizer. Methods may run in any thread, several at a time; all of them raise `ValueError` with a
-    message for the user."""
+    message for the user.
+    """
 
     def __init__(self, config: EngineConfig, max_model_len: int) -> None:
         self.config = config
@@ -53,6 +54,7 @@ class InputProcessor:
         """The longest sequence that the engine serves, which may be less than the model's limit."""
         self.tokenizer = load_tokenizer(config)
         self._backend = self.tokenizer.backend_tokenizer
+        self._longest_token = max(map(len, self._backend.get_vocab()), default=1)
         self._random = random.Random(config.seed)
         self._numbers = count()
 
@@ -65,6 +67,9 @@ class InputProcessor:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with one beginning-of-sequence token where the tokenizer adds one."""
+        most = self.max_model_len * self._longest_token
+        if len(text) > most:
+            raise ValueError(f"the prompt has {len(text)} characters: the context cannot hold more than {most}")
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         bos = self.tokenizer.bos_token_id
         if add_special_tokens and bos is not None and ids[:2] == [bos, bos]:
@@ -138,6 +143,14 @@ class InputProcessor:
                 "of which the answer needs at least one"
             )
         return ProcessedPrompt(token_ids, placed, text)
+
+    def expand_placeholders(self, token_ids: list[int]) -> list[int]:
+        """Each image placeholder as many times as an image has tokens."""
+        vision = self.config.vision
+        if vision is None:
+            return token_ids
+        widths = ((token, vision.feature_size if token == vision.image_token_id else 1) for token in token_ids)
+        return [token for token, width in widths for _ in range(width)]
 
     def default_params(self) -> SamplingParams:
         """Sampling parameters as the checkpoint's generation_config.json suggests them."""

@@ -25,7 +25,8 @@ class LLM:
     """A model that answers batches of prompts.
 
         llm = LLM(model="llava-hf/llava-1.5-7b-hf")
-        outputs = llm.generate({"prompt": "USER: <image>\\nWhat is it? ASSISTANT:", "multi_modal_data": {"image": image}})
+        prompt = "USER: <image> What is it? ASSISTANT:"
+        outputs = llm.generate({"prompt": prompt, "multi_modal_data": {"image": image}})
 
     Takes every field of `EngineArgs` as a keyword.
 
@@ -109,7 +110,8 @@ class LLM:
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         unknown = sorted(prompt.keys() - {"prompt", "prompt_token_ids", "multi_modal_data"})
         if unknown:
-            raise ValueError(f"a prompt has the key {unknown[0]!r}: prompt, prompt_token_ids and multi_modal_data are known")
+            known = "prompt, prompt_token_ids and multi_modal_data"
+            raise ValueError(f"a prompt has the key {unknown[0]!r}: {known} are known")
         if ids is None:
             if not isinstance(text, str):
                 raise ValueError("a prompt needs `prompt` (a string) or `prompt_token_ids`")
@@ -155,9 +157,7 @@ class LLM:
             request_id=name,
         )
 
-    def _params(
-        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> list[SamplingParams]:
+    def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if given is None:
             return [self._inputs.default_params() for _ in range(count)]
         if isinstance(given, SamplingParams):

@@ -11,7 +11,8 @@ from PIL import Image
 @dataclass(slots=True)
 class ImagePixelData:
     """An image as a PIL image (prepared by the image processor) or as a float tensor of
-    `image_input_shape`, (1, 3, height, width), taken as it is."""
+    `image_input_shape`, (1, 3, height, width), taken as it is.
+    """
 
     image: Image.Image | torch.Tensor | np.ndarray[Any, Any]
 

@@ -158,9 +158,7 @@ class OutputProcessor:
         raw = self._bytes.of(token, text)
         return TokenLogprobs(token, text, raw, position.logprobs[0], position.rank, top)
 
-    def _prompt_logprobs(
-        self, answer: _Answer, positions: list[PositionLogprobs]
-    ) -> list[TokenLogprobs | None]:
+    def _prompt_logprobs(self, answer: _Answer, positions: list[PositionLogprobs]) -> list[TokenLogprobs | None]:
         entries: list[TokenLogprobs | None] = [None]
         for position in positions:
             token = position.token_ids[0]

@@ -107,9 +107,7 @@ class SamplingParams:
                     raise ValueError(f"{name} holds {token}: token ids go from 0 to {vocab_size - 1}")
 
 
-def _check_range(
-    name: str, value: float | None, low: float, high: float | None, *, low_open: bool = False
-) -> None:
+def _check_range(name: str, value: float | None, low: float, high: float | None, *, low_open: bool = False) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -8,8 +8,8 @@ from torch import Tensor
 from engine.attention import AttentionMetadata, write_kv
 
 
-@triton.jit
-def _paged_attention(
+@triton.jit  # type: ignore[untyped-decorator]
+def _paged_attention(  # type: ignore[no-untyped-def]
     query, cache, output, query_start, seq_lens, block_table,
     scale, value_offset, query_stride, block_stride, slot_stride, table_stride,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,

@@ -42,7 +42,8 @@ class KVCache:
 
     def find_prefix(self, request: Request) -> list[int]:
         """The cached blocks that a request may start with; its last token is never among them, since computing that
-        one gives the logits."""
+        one gives the logits.
+        """
         if not self.enable_prefix_caching or request.source.params.prompt_logprobs is not None:
             return []
         found: list[int] = []
@@ -55,7 +56,8 @@ class KVCache:
 
     def start(self, request: Request, prefix: list[int], num_tokens: int) -> bool:
         """Give a request the blocks of its prefix and fresh ones up to `num_tokens`; False, and nothing changed, when
-        there are not enough."""
+        there are not enough.
+        """
         fresh = self._blocks_for(num_tokens) - len(prefix)
         unheld = sum(self._references[block] == 0 for block in prefix)
         if fresh > self.num_free - unheld:
@@ -92,7 +94,8 @@ class KVCache:
 
     def free(self, request: Request) -> None:
         """Take a request's blocks back. The last block becomes the first to be used again: beginnings are shared more
-        often than ends."""
+        often than ends.
+        """
         for block in reversed(request.block_ids):
             self._references[block] -= 1
             if self._references[block] == 0:

@@ -102,4 +102,4 @@ class Request:
         """Raise `AssertionError` when images overlap, lie outside the prompt or out of order."""
         images = self.source.images
         assert all(a.end <= b.offset for a, b in pairwise(images))
-        assert all(0 <= image.offset and image.end <= self.num_prompt_tokens for image in images)
+        assert all(image.offset >= 0 and image.end <= self.num_prompt_tokens for image in images)

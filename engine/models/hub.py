@@ -64,9 +64,7 @@ def resolve_model(model: str, revision: str | None = None, *, weights: bool = Tr
         return folder
     folder = _download(model, revision, _CONFIG_FILES + (_WEIGHT_FILES if weights else []), "model")
     if not (folder / "config.json").is_file():
-        raise ModelLoadError(
-            f"model {model} has no config.json on the Hub: name a repository of transformers' layout"
-        )
+        raise ModelLoadError(f"model {model} has no config.json on the Hub: name a repository of transformers' layout")
     if weights and not any(folder.glob("*.safetensors")):
         raise ModelLoadError(
             f"model {model} has no *.safetensors weights on the Hub, and no other format is loaded: "
@@ -132,18 +130,14 @@ def _local_folder(name: str, what: str) -> Path | None:
     if path.exists():
         raise ModelLoadError(f"{what} {name} is a file: name the folder that holds it")
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name:
-        raise ModelLoadError(
-            f"{what} {name} does not exist: give a local folder or a Hub id such as org/name"
-        )
+        raise ModelLoadError(f"{what} {name} does not exist: give a local folder or a Hub id such as org/name")
     return None
 
 
 def _download(repo: str, revision: str | None, patterns: list[str], what: str) -> Path:
     try:
         return Path(
-            huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=patterns, ignore_patterns=_NEVER
-            )
+            huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=_NEVER)
         )
     # The client lets errors of its HTTP and storage libraries through, which differ from version to version.
     except Exception as error:
@@ -194,9 +188,7 @@ def _explain_status(status: int) -> str:
     if status == 401:
         return f"cannot be downloaded: the Hub refuses the token: renew HF_TOKEN or unset it{_token_seen()}"
     if status == 403:
-        return (
-            f"cannot be downloaded: the Hub forbids it: set HF_TOKEN to one that may read it{_token_seen()}"
-        )
+        return f"cannot be downloaded: the Hub forbids it: set HF_TOKEN to one that may read it{_token_seen()}"
     if status == 429:
         return "cannot be downloaded: the Hub limits the rate of requests: wait some minutes, or set HF_TOKEN"
     return f"cannot be downloaded: the Hub answered with status {status}: try again later"
@@ -210,9 +202,7 @@ def _explain_interrupted(error: Exception) -> str:
             "free some space, or set HF_HOME to a folder on a larger disk"
         )
     if numbers.intersection(_CLOSED_DISK):
-        return (
-            f"cannot be stored: {constants.HF_HUB_CACHE} cannot be written: set HF_HOME to a folder that can"
-        )
+        return f"cannot be stored: {constants.HF_HUB_CACHE} cannot be written: set HF_HOME to a folder that can"
     return (
         f"cannot be downloaded ({type(error).__name__}: {_one_line(error)}): check network and proxy, then "
         "start again: finished files are kept"

@@ -26,9 +26,7 @@ class LlamaAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
 
-    def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, metadata: AttentionMetadata
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, metadata: AttentionMetadata) -> Tensor:
         """(T, hidden) to (T, hidden)."""
         qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
         query, key, value = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
@@ -70,9 +68,7 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, metadata: AttentionMetadata
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, metadata: AttentionMetadata) -> Tensor:
         """(T, hidden) to (T, hidden)."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, cache, metadata)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
@@ -89,9 +85,7 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(LlamaLayer(config, backend) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, hidden: Tensor, rotary_rows: Tensor, caches: list[Tensor], metadata: AttentionMetadata
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, rotary_rows: Tensor, caches: list[Tensor], metadata: AttentionMetadata) -> Tensor:
         """Embeddings (T, hidden) to the last layer's states (T, hidden)."""
         cos, sin = self.rotary.rows(rotary_rows)
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -122,4 +116,4 @@ class LlamaForCausalLM(nn.Module):
 
 def head_dim(config: Any) -> int:
     """Size of one attention head; Mistral configurations may leave it out."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

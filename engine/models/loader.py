@@ -135,7 +135,7 @@ def _fill_from(
 def _place(name: str, parameters: dict[str, nn.Parameter], config: EngineConfig) -> Tensor:
     """The part of a parameter that the tensor of this name fills."""
     parameter, part = target(name)
-    whole = parameters[parameter].data
+    whole: Tensor = parameters[parameter].data
     if part is None:
         return whole
     if parameter.endswith(("gate_up_proj.weight", "gate_up_proj.bias")):
@@ -144,7 +144,8 @@ def _place(name: str, parameters: dict[str, nn.Parameter], config: EngineConfig)
         return whole.chunk(3)[part]
     text = config.text_config
     heads = [text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads]
-    return whole.split([count * head_dim(text) for count in heads])[part]
+    parts: tuple[Tensor, ...] = torch.split(whole, [count * head_dim(text) for count in heads])
+    return parts[part]
 
 
 def _expected(parameters: dict[str, nn.Parameter]) -> set[Any]:

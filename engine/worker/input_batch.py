@@ -100,9 +100,7 @@ class InputBatch:
         prompt_lens = np.array([len(slot.request.prompt_token_ids) for slot in slots], np.int64)
 
         packed = self.upload(np.stack((slot_index, starts, counts, query_start[:-1], ends, prompt_lens)))
-        sample_packed = self.upload(
-            np.stack((query_start[1:][samples] - 1, slot_index[samples], ends[samples]))
-        )
+        sample_packed = self.upload(np.stack((query_start[1:][samples] - 1, slot_index[samples], ends[samples])))
         total = int(query_start[-1])
         owner = torch.repeat_interleave(packed[2], output_size=total)
         within = torch.arange(total, device=self.device) - packed[3][owner]
@@ -145,7 +143,8 @@ class InputBatch:
 
     def _rotary_rows(self, positions: Tensor, prompt_lens: Tensor) -> Tensor:
         """Longrope takes its long factors once a sequence is longer than the model was first trained for; as in
-        Hugging Face, tokens computed before that keep the short ones."""
+        Hugging Face, tokens computed before that keep the short ones.
+        """
         if self._long_start is None:
             return positions
         is_long = torch.maximum(prompt_lens, positions + 1) > self._long_start

@@ -36,7 +36,9 @@ class TokenRules:
     def add(self, slot: Slot) -> bool:
         """Take over a request's rules; returns whether it has any."""
         params = slot.request.params
-        ends = set(params.stop_token_ids) if params.ignore_eos else {*params.stop_token_ids, *slot.request.eos_token_ids}
+        ends = (
+            set(params.stop_token_ids) if params.ignore_eos else {*params.stop_token_ids, *slot.request.eos_token_ids}
+        )
         if not _has_rules(params):
             return False
         bias = params.logit_bias or {}
@@ -79,11 +81,10 @@ class TokenRules:
             where = self._indices(biased)
             logits[where] += self._batch.upload(np.concatenate(biases))
 
-    def _ban_words(
-        self, logits: Tensor, words: list[tuple[int, list[int]]], slots: _Ints, positions: _Ints
-    ) -> None:
+    def _ban_words(self, logits: Tensor, words: list[tuple[int, list[int]]], slots: _Ints, positions: _Ints) -> None:
         """Ban the last token of each word whose other tokens are the newest output. The newest may not be known to
-        the host yet, so they are compared on the device."""
+        the host yet, so they are compared on the device.
+        """
         longest = max(len(word) for _, word in words) - 1
         beginnings = np.full((len(words), longest), -1, np.int64)
         for i, (_, word) in enumerate(words):

@@ -17,7 +17,8 @@ def noise_keys(seeds: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -
 
 def gumbel_noise(keys: Tensor, width: int) -> Tensor:
     """Standard Gumbel noise (rows, width) float32 from keys (rows) int64: adding it to logits and taking the largest
-    samples from their softmax (Gumbel, 1954)."""
+    samples from their softmax (Gumbel, 1954).
+    """
     columns = torch.arange(width, device=keys.device) * _signed(_GOLDEN)
     bits = _mix_device(keys.unsqueeze(1) + columns)
     uniform = (((bits >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24

@@ -148,7 +148,8 @@ class Sampler:
 
 def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Set all but the likeliest to -inf: the first `top_k` (rows, 1), and of those the fewest whose probabilities sum
-    to `top_p` (rows, 1) or more."""
+    to `top_p` (rows, 1) or more.
+    """
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
     ordered.masked_fill_(rank >= top_k, float("-inf"))

@@ -32,9 +32,7 @@ def test_whole_conversation() -> None:
         message("assistant", "A cat."),
         message("user", "Its colour?"),
     )
-    assert rendered == (
-        "Be brief. USER: <image>\nWhat is this? ASSISTANT: A cat.</s>USER: Its colour? ASSISTANT:"
-    )
+    assert rendered == ("Be brief. USER: <image>\nWhat is this? ASSISTANT: A cat.</s>USER: Its colour? ASSISTANT:")
 
 
 def test_one_text_message() -> None:
@@ -93,9 +91,7 @@ def test_answer_without_content() -> None:
 def test_does_not_depend_on_the_whitespace_settings_of_jinja(options: dict[str, bool]) -> None:
     template = jinja2.Environment(**options).from_string(TEMPLATE.read_text(encoding="utf-8"))  # type: ignore[arg-type]
     messages = [message("system", "Be brief."), message("user", [IMAGE, text("Hi")])]
-    assert template.render(messages=messages, add_generation_prompt=True) == (
-        "Be brief. USER: <image>\nHi ASSISTANT:"
-    )
+    assert template.render(messages=messages, add_generation_prompt=True) == ("Be brief. USER: <image>\nHi ASSISTANT:")
 
 
 @pytest.mark.parametrize(

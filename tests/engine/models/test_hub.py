@@ -74,11 +74,7 @@ class Hub(ThreadingHTTPServer):
 
     def fetched(self) -> set[str]:
         """The files whose content was asked for."""
-        return {
-            path.partition("/resolve/")[2].partition("/")[2]
-            for _, path, _ in self.seen
-            if "/resolve/" in path
-        }
+        return {path.partition("/resolve/")[2].partition("/")[2] for _, path, _ in self.seen if "/resolve/" in path}
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -119,9 +115,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def describe(self, name: str, repo: Repo, rest: list[str]) -> None:
         if rest and rest[0] == "tree":
-            self.send_json(
-                [{"type": "file", "oid": sha(f), "size": len(c), "path": f} for f, c in repo.files.items()]
-            )
+            self.send_json([{"type": "file", "oid": sha(f), "size": len(c), "path": f} for f, c in repo.files.items()])
         elif rest and rest[1] not in repo.revisions:
             self.refuse(404, "RevisionNotFound", f"Invalid rev id: {rest[1]}")
         else:
@@ -358,9 +352,7 @@ def test_unreachable_and_not_cached(unreachable: Client) -> None:
 @pytest.mark.parametrize(("token", "ending"), [("hf_wrong", ""), (None, " (no token is set)")])
 def test_unknown_or_private(hub: Hub, client: Client, token: str | None, ending: str) -> None:
     hub.repos["org/closed"] = Repo(token="hf_secret")
-    expected = (
-        "is neither a local folder nor on the Hub, or is private: check the name; for a private one set "
-    )
+    expected = "is neither a local folder nor on the Hub, or is private: check the name; for a private one set "
     expected += f"HF_TOKEN to a token that may read it{ending}"
     assert client.error("resolve_model", "org/closed", token=token) == f"model org/closed {expected}"
     assert client.error("resolve_model", "org/nothing", token=token) == f"model org/nothing {expected}"
@@ -377,9 +369,7 @@ def test_gated(hub: Hub, client: Client) -> None:
 def test_refused_token(hub: Hub, client: Client) -> None:
     hub.repos["org/any"] = Repo(message="Invalid credentials in Authorization header")
     error = client.error("resolve_model", "org/any", token="hf_stale")
-    assert (
-        error == "model org/any cannot be downloaded: the Hub refuses the token: renew HF_TOKEN or unset it"
-    )
+    assert error == "model org/any cannot be downloaded: the Hub refuses the token: renew HF_TOKEN or unset it"
 
 
 def test_missing_revision(hub: Hub, client: Client) -> None:
@@ -401,17 +391,13 @@ def test_other_answers(hub: Hub, client: Client, status: int, problem: str) -> N
 def test_no_safetensors(hub: Hub, client: Client) -> None:
     hub.repos["org/bin"] = Repo({"config.json": b"{}", "pytorch_model.bin": b"bin"})
     error = client.error("resolve_model", "org/bin")
-    assert error.startswith(
-        "model org/bin has no *.safetensors weights on the Hub, and no other format is loaded"
-    )
+    assert error.startswith("model org/bin has no *.safetensors weights on the Hub, and no other format is loaded")
     assert hub.fetched() == {"config.json"}
 
 
 def test_no_config(hub: Hub, client: Client) -> None:
     hub.repos["org/gguf"] = Repo({"model.safetensors": b"x"})
-    assert client.error("resolve_model", "org/gguf").startswith(
-        "model org/gguf has no config.json on the Hub"
-    )
+    assert client.error("resolve_model", "org/gguf").startswith("model org/gguf has no config.json on the Hub")
 
 
 def test_no_tokenizer_and_no_processor(hub: Hub, client: Client) -> None:

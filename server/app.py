@@ -1,0 +1,126 @@
+"""The FastAPI application."""
+
+import hmac
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import transformers
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server import chat, completions, tokenization
+from server.errors import ApiError, install_handlers
+from server.sse import ClientGone
+from server.state import ServerState, state_of
+
+router = APIRouter()
+
+_CLIENT_CLOSED_REQUEST = 499
+
+
+def create_app(state: ServerState) -> FastAPI:
+    """Build the application around an engine that runs."""
+    app = FastAPI(title="Vision-language model server", version=program_version(), root_path=state.args.root_path)
+    app.state.server = state
+    for routes in (router, chat.router, completions.router, tokenization.router):
+        app.include_router(routes)
+    install_handlers(app)
+    app.add_exception_handler(ClientGone, _client_gone)
+    if state.args.api_key:
+        app.add_middleware(ApiKeyMiddleware, keys=state.args.api_key)
+    app.add_middleware(
+        CORSMiddleware, allow_origins=state.args.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+    )
+    return app
+
+
+class ApiKeyMiddleware:
+    """Asks for a key on every path that costs anything."""
+
+    def __init__(self, app: ASGIApp, keys: list[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 401, or go on (ASGI)."""
+        if scope["type"] == "http" and _is_guarded(scope["path"]) and not self._has_key(scope):
+            error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _has_key(self, scope: Scope) -> bool:
+        given = b""
+        for name, value in scope["headers"]:
+            if name == b"authorization" and value[:7].lower() == b"bearer ":
+                given = value[7:].strip()
+        # Every key is compared, so that the time tells nothing about which one was nearly right.
+        return any([hmac.compare_digest(given, key) for key in self._keys])
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """200 when a request would be served."""
+    state = state_of(request)
+    if not state.is_ready:
+        raise ApiError(503, "the server is shutting down" if state.engine.is_alive else "the engine has stopped")
+    return Response()
+
+
+@router.get("/version")
+async def versions() -> dict[str, str]:
+    """Versions of this program and of what it stands on."""
+    return {"version": program_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus text."""
+    return Response(state_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    """The names under which the model is served."""
+    state = state_of(request)
+    return {"object": "list", "data": [_model(state, name) for name in state.config.served_names]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(request: Request, name: str) -> dict[str, Any]:
+    """One of them."""
+    state = state_of(request)
+    return _model(state, state.check_model(name))
+
+
+def program_version() -> str:
+    """The installed version."""
+    try:
+        return version("vlm-server")
+    except PackageNotFoundError:
+        return "0.0.0"
+
+
+def _model(state: ServerState, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": state.started,
+        "owned_by": "vlm-server",
+        "root": state.config.model_name,
+        "parent": None,
+        "max_model_len": state.inputs.max_model_len,
+    }
+
+
+def _is_guarded(path: str) -> bool:
+    return path == "/v1" or path.startswith(("/v1/", "/tokenize", "/detokenize"))
+
+
+async def _client_gone(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(None, _CLIENT_CLOSED_REQUEST)

@@ -1,0 +1,148 @@
+"""`POST /v1/chat/completions`."""
+
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+from uuid import uuid4
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from engine.client import ResponseStream
+from engine.input_processor import ProcessedPrompt
+from engine.outputs import Delta, TokenLogprobs
+from server.generation import Answer, Usage, prompt_logprobs_json, run, shown_logprob
+from server.prompts import chat_prompt
+from server.protocol import ChatCompletionRequest
+from server.sse import EventStream, unless_client_goes
+from server.state import ServerState, read_body, state_of
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(request: Request) -> Response:
+    """Answer a conversation, in one piece or as a stream."""
+    state = state_of(request)
+    body = await read_body(request, ChatCompletionRequest)
+    async with state.open_request():
+        chat = await unless_client_goes(request, _start(state, body))
+        if not body.stream:
+            return JSONResponse(await unless_client_goes(request, chat.whole()))
+    return EventStream(chat.events())
+
+
+async def _start(state: ServerState, body: ChatCompletionRequest) -> "_Chat":
+    """Check the request, make its prompt and hand it to the engine."""
+    model = state.check_model(body.model)
+    body.check_served()
+    params = body.params(state.config.sampling_defaults)
+    with state.engine.admission(params.n):
+        prompt = await chat_prompt(state, body)
+        name = f"chatcmpl-{uuid4().hex}"
+        stream = state.engine.generate(
+            prompt, params, priority=body.priority or 0, cache_salt=body.cache_salt or "", request_id=name
+        )
+    state.metrics.prompt(len(prompt.token_ids))
+    return _Chat(state, body, prompt, stream, name, model)
+
+
+class _Chat:
+    """One conversation's answers on their way to the client."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        body: ChatCompletionRequest,
+        prompt: ProcessedPrompt,
+        stream: ResponseStream,
+        name: str,
+        model: str,
+    ) -> None:
+        self._state = state
+        self._body = body
+        self._prompt = prompt
+        self._stream = stream
+        self._usage = Usage.of([prompt])
+        self._head = {"id": name, "created": int(time.time()), "model": model, "system_fingerprint": None}
+
+    async def whole(self) -> dict[str, Any]:
+        """The response in one piece."""
+        answers = [Answer() for _ in range(self._body.n or 1)]
+        prompt_logprobs: list[TokenLogprobs | None] | None = None
+        async for _, delta in run(self._state, [self._stream]):
+            answers[delta.index].add(delta)
+            self._usage.add(delta)
+            prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
+        choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
+        response = {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage.json()}
+        if self._body.prompt_logprobs is not None:
+            response["prompt_logprobs"] = prompt_logprobs_json(prompt_logprobs)
+        if self._body.return_token_ids:
+            response["prompt_token_ids"] = self._prompt.token_ids
+        return response
+
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of a stream."""
+        async with self._state.open_request():
+            begun: set[int] = set()
+            async for _, delta in run(self._state, [self._stream]):
+                self._usage.add(delta)
+                if delta.index not in begun:
+                    first = not begun
+                    begun.add(delta.index)
+                    yield self._chunk(delta.index, {"role": self._state.args.response_role, "content": ""}, first=first)
+                if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
+                    yield self._delta_chunk(delta)
+            if self._body.include_usage:
+                yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage.json()}
+
+    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        message = {"role": self._state.args.response_role, "content": "".join(answer.text), "refusal": None}
+        choice: dict[str, Any] = {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(answer.logprobs),
+            "finish_reason": answer.finish_reason,
+            "stop_reason": answer.stop_reason,
+        }
+        if self._body.return_token_ids:
+            choice["token_ids"] = answer.token_ids
+        return choice
+
+    def _delta_chunk(self, delta: Delta) -> dict[str, Any]:
+        content = {"content": delta.text} if delta.text or not delta.finish_reason else {}
+        chunk = self._chunk(delta.index, content)
+        choice = chunk["choices"][0]
+        if delta.logprobs:
+            choice["logprobs"] = self._logprobs(delta.logprobs)
+        if self._body.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        choice["finish_reason"] = delta.finish_reason
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
+        return chunk
+
+    def _chunk(self, index: int, delta: dict[str, Any], *, first: bool = False) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        chunk: dict[str, Any] = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+        if self._body.include_usage:
+            chunk["usage"] = self._usage.json() if self._body.continuous_usage else None
+        if first and self._body.return_token_ids:
+            chunk["prompt_token_ids"] = self._prompt.token_ids
+        return chunk
+
+    def _logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any] | None:
+        if not self._body.logprobs:
+            return None
+        return {"content": [_logprob(entry) for entry in entries], "refusal": None}
+
+
+def _logprob(entry: TokenLogprobs) -> dict[str, Any]:
+    top = [_token(text, raw, logprob) for _, text, raw, logprob in entry.top]
+    return {**_token(entry.text, entry.raw, entry.logprob), "top_logprobs": top}
+
+
+def _token(text: str, raw: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": shown_logprob(logprob), "bytes": list(raw)}

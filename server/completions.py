@@ -1,0 +1,215 @@
+"""`POST /v1/completions`."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+from uuid import uuid4
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from engine.client import ResponseStream
+from engine.input_processor import ProcessedPrompt
+from engine.outputs import Delta, TokenLogprobs
+from engine.sampling_params import SamplingParams
+from server.generation import Answer, Usage, prompt_logprobs_json, run, shown_logprob
+from server.prompts import text_prompt
+from server.protocol import CompletionRequest
+from server.sse import EventStream, unless_client_goes
+from server.state import ServerState, read_body, state_of
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def create_completion(request: Request) -> Response:
+    """Continue one or several prompts, in one piece or as a stream."""
+    state = state_of(request)
+    body = await read_body(request, CompletionRequest)
+    async with state.open_request():
+        completion = await unless_client_goes(request, _start(state, body))
+        if not body.stream:
+            return JSONResponse(await unless_client_goes(request, completion.whole()))
+    return EventStream(completion.events())
+
+
+async def _start(state: ServerState, body: CompletionRequest) -> "_Completion":
+    """Check the request, make its prompts and hand them to the engine."""
+    model = state.check_model(body.model)
+    body.check_served()
+    given = body.prompts()
+    params = body.params(state.config.sampling_defaults)
+    with state.engine.admission(params.n * len(given)):
+        prompts = await asyncio.gather(*(_prompt(state, body, prompt) for prompt in given))
+        limits = [state.inputs.max_tokens(prompt, params.max_tokens) for prompt in prompts]
+        params.check_vocab(state.config.vocab_size)
+        name = f"cmpl-{uuid4().hex}"
+        streams = [
+            _generate(state, body, prompt, params, limit, f"{name}-{number}")
+            for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+        ]
+    state.metrics.prompt(sum(len(prompt.token_ids) for prompt in prompts))
+    return _Completion(state, body, prompts, streams, name, model, params.n)
+
+
+async def _prompt(state: ServerState, body: CompletionRequest, prompt: str | list[int]) -> ProcessedPrompt:
+    return await text_prompt(
+        state,
+        prompt,
+        add_special_tokens=body.add_special_tokens is not False,
+        truncate=body.truncate_prompt_tokens,
+        want_text=bool(body.echo),
+    )
+
+
+def _generate(
+    state: ServerState, body: CompletionRequest, prompt: ProcessedPrompt, params: SamplingParams, limit: int, name: str
+) -> ResponseStream:
+    return state.engine.generate(
+        prompt,
+        params,
+        max_tokens=limit,
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
+        request_id=name,
+    )
+
+
+class _Completion:
+    """The answers to one request's prompts on their way to the client."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        body: CompletionRequest,
+        prompts: list[ProcessedPrompt],
+        streams: list[ResponseStream],
+        name: str,
+        model: str,
+        n: int,
+    ) -> None:
+        self._state = state
+        self._body = body
+        self._prompts = prompts
+        self._streams = streams
+        self._n = n
+        self._usage = Usage.of(prompts)
+        self._head = {"id": name, "object": "text_completion", "created": int(time.time()), "model": model,
+                      "system_fingerprint": None}  # fmt: skip
+
+    async def whole(self) -> dict[str, Any]:
+        """The response in one piece."""
+        answers = [Answer() for _ in range(self._n * len(self._prompts))]
+        prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
+        async for number, delta in run(self._state, self._streams):
+            delta = self._trimmed(delta)
+            answers[number * self._n + delta.index].add(delta)
+            self._usage.add(delta)
+            if delta.prompt_logprobs is not None:
+                prompt_logprobs[number] = delta.prompt_logprobs
+        choices = [
+            self._choice(index, answer, prompt_logprobs.get(index // self._n)) for index, answer in enumerate(answers)
+        ]
+        return {**self._head, "choices": choices, "usage": self._usage.json()}
+
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of a stream."""
+        async with self._state.open_request():
+            begun: set[int] = set()
+            offsets = [0] * (self._n * len(self._prompts))
+            async for number, delta in run(self._state, self._streams):
+                delta = self._trimmed(delta)
+                self._usage.add(delta)
+                index = number * self._n + delta.index
+                if index not in begun and self._body.echo:
+                    text = self._prompts[number].text or ""
+                    offsets[index] = len(text)
+                    yield self._chunk(index, text, None)
+                first = index not in begun
+                begun.add(index)
+                if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
+                    yield self._delta_chunk(index, delta, offsets, first=first)
+            if self._body.include_usage:
+                yield {**self._head, "choices": [], "usage": self._usage.json()}
+
+    def _trimmed(self, delta: Delta) -> Delta:
+        """Nothing was to be generated when `max_tokens` is 0; the engine had to make one token."""
+        if self._body.max_tokens != 0:
+            return delta
+        return Delta(delta.index, finish_reason="length", prompt_logprobs=delta.prompt_logprobs)
+
+    def _choice(self, index: int, answer: Answer, prompt_logprobs: list[TokenLogprobs | None] | None) -> dict[str, Any]:
+        prompt = self._prompts[index // self._n]
+        text = "".join(answer.text)
+        entries: list[TokenLogprobs | None] = list(answer.logprobs)
+        offset = 0
+        if self._body.echo:
+            text = (prompt.text or "") + text
+            offset = len(prompt.text or "")
+            if self._body.logprobs is not None and prompt_logprobs is not None:
+                entries, offset = [*self._with_first(prompt, prompt_logprobs), *entries], 0
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": text,
+            "logprobs": None if self._body.logprobs is None else _logprobs(entries, offset),
+            "finish_reason": answer.finish_reason,
+            "stop_reason": answer.stop_reason,
+        }
+        if self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs_json(prompt_logprobs)
+        if self._body.return_token_ids:
+            choice |= {"token_ids": answer.token_ids, "prompt_token_ids": prompt.token_ids}
+        return choice
+
+    def _with_first(self, prompt: ProcessedPrompt, entries: list[TokenLogprobs | None]) -> list[TokenLogprobs | None]:
+        """An echo names the first prompt token too, which has no log probability."""
+        token = prompt.token_ids[0]
+        text = self._state.inputs.decode([token], skip_special_tokens=True)
+        return [TokenLogprobs(token, text, text.encode(), float("nan"), 0, []), *entries[1:]]
+
+    def _delta_chunk(self, index: int, delta: Delta, offsets: list[int], *, first: bool) -> dict[str, Any]:
+        logprobs = None
+        if self._body.logprobs is not None and delta.logprobs:
+            logprobs = _logprobs(list(delta.logprobs), offsets[index])
+        offsets[index] += len(delta.text)
+        chunk = self._chunk(index, delta.text, logprobs)
+        choice = chunk["choices"][0]
+        choice["finish_reason"] = delta.finish_reason
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
+        if self._body.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+            if first:
+                choice["prompt_token_ids"] = self._prompts[index // self._n].token_ids
+        return chunk
+
+    def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+        chunk: dict[str, Any] = {**self._head, "choices": [choice]}
+        if self._body.include_usage:
+            chunk["usage"] = self._usage.json() if self._body.continuous_usage else None
+        return chunk
+
+
+def _logprobs(entries: list[TokenLogprobs | None], offset: int) -> dict[str, Any]:
+    """OpenAI's older form: four lists of equal length."""
+    shown = [entry for entry in entries if entry is not None]
+    offsets = []
+    for entry in shown:
+        offsets.append(offset)
+        offset += len(entry.text)
+    return {
+        "tokens": [entry.text for entry in shown],
+        "token_logprobs": [None if entry.rank == 0 else shown_logprob(entry.logprob) for entry in shown],
+        "top_logprobs": [_top(entry) for entry in shown],
+        "text_offset": offsets,
+    }
+
+
+def _top(entry: TokenLogprobs) -> dict[str, float] | None:
+    if entry.rank == 0:
+        return None
+    top = {text: shown_logprob(logprob) for _, text, _, logprob in reversed(entry.top)}
+    return top | {entry.text: shown_logprob(entry.logprob)}

@@ -1,0 +1,102 @@
+"""Errors as OpenAI's clients expect them."""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from engine.errors import EngineDeadError, QueueFullError
+
+logger = logging.getLogger(__name__)
+
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+_RETRY_SECONDS = "1"
+_LONGEST_VALUE = 100
+
+
+class ApiError(Exception):
+    """An answer other than 200."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object of the answer."""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        error = {"message": self.message or "error", "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        headers = {"Retry-After": _RETRY_SECONDS} if self.status == 503 else None
+        if self.status == 401:
+            headers = {"WWW-Authenticate": "Bearer"}
+        return JSONResponse(self.body(), self.status, headers)
+
+
+def bad_request(message: str, param: str | None = None) -> ApiError:
+    """A 400."""
+    return ApiError(400, message, param=param)
+
+
+def from_exception(error: BaseException) -> ApiError:
+    """What a client is told about an exception; the unexpected ones are logged."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError | EngineDeadError):
+        return ApiError(503, str(error))
+    if isinstance(error, ValidationError):
+        return from_validation(error)
+    if isinstance(error, ValueError):
+        return bad_request(str(error) or "the request is not valid")
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail))
+    logger.error("a request failed unexpectedly", exc_info=error)
+    return ApiError(500, "the server failed to answer this request")
+
+
+def from_validation(error: ValidationError) -> ApiError:
+    """The first of pydantic's complaints, with the field's path and the value."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(str(step) for step in first["loc"] if not _is_type_tag(step)) or None
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        return bad_request(f"the body is not valid JSON: {message.removeprefix('Invalid JSON: ')}")
+    value = first.get("input")
+    shown = f" (got {_short(value)})" if isinstance(value, str | int | float | bool) or value is None else ""
+    if first["type"] == "missing":
+        message, shown = "this field is required", ""
+    return bad_request(f"{place}: {message}{shown}" if place else message, place)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Answer every exception, the framework's included, in one shape."""
+
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return from_exception(error).response()
+
+    for kind in (ApiError, HTTPException, ValidationError, ValueError, QueueFullError, EngineDeadError, Exception):
+        app.add_exception_handler(kind, handle)
+
+
+def _is_type_tag(step: int | str) -> bool:
+    """Whether a step of pydantic's path names a member of a union rather than a field."""
+    return isinstance(step, str) and ("[" in step or step in ("str", "int", "text", "image_url"))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "…"

@@ -1,0 +1,132 @@
+"""What chat and completions share: running a request and shaping usage and log probabilities."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.client import ResponseStream
+from engine.input_processor import ProcessedPrompt
+from engine.outputs import Delta, TokenLogprobs
+from server.errors import ApiError
+from server.state import ServerState
+
+# JSON has no infinity; OpenAI writes this for a token that cannot come.
+_LOWEST_LOGPROB = -9999.0
+
+
+@dataclass(slots=True)
+class Answer:
+    """One choice, all of it."""
+
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Append what came new."""
+        self.text.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts of one HTTP request."""
+
+    prompt_tokens: int
+    image_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    @classmethod
+    def of(cls, prompts: Sequence[ProcessedPrompt]) -> "Usage":
+        """Before anything is generated."""
+        return cls(sum(len(prompt.token_ids) for prompt in prompts), sum(p.num_image_tokens for p in prompts))
+
+    def add(self, delta: Delta) -> None:
+        """Count what came new."""
+        self.completion_tokens += len(delta.token_ids)
+        self.cached_tokens = max(self.cached_tokens, delta.num_cached_tokens)
+
+    def json(self) -> dict[str, Any]:
+        """OpenAI's object."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens, "image_tokens": self.image_tokens},
+        }
+
+
+async def run(state: ServerState, streams: Sequence[ResponseStream]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """The deltas of one or several prompts' streams as they come, each with the number of its stream.
+
+    Closing the generator aborts what still runs.
+
+    Raises:
+        ApiError: the engine gave one of them up.
+        EngineDeadError: the engine process ended.
+    """
+    last_token_at: dict[tuple[int, int], float] = {}
+    async with AsyncExitStack() as stack:
+        for stream in streams:
+            await stack.enter_async_context(stream)
+        async for number, delta in _merge(streams):
+            if delta.error is not None:
+                raise ApiError(500, delta.error)
+            now, answer = time.monotonic(), (number, delta.index)
+            state.metrics.delta(delta, last_token_at.get(answer, 0.0), now)
+            last_token_at[answer] = now
+            yield number, delta
+
+
+async def _merge(streams: Sequence[ResponseStream]) -> AsyncGenerator[tuple[int, Delta], None]:
+    if len(streams) == 1:
+        async for delta in streams[0]:
+            yield 0, delta
+        return
+    waiting = {asyncio.ensure_future(anext(stream)): number for number, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                number = waiting.pop(task)
+                try:
+                    delta = task.result()
+                except StopAsyncIteration:
+                    continue
+                waiting[asyncio.ensure_future(anext(streams[number]))] = number
+                yield number, delta
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+def shown_logprob(value: float) -> float:
+    """A log probability that JSON can hold."""
+    return max(value, _LOWEST_LOGPROB)
+
+
+def prompt_logprobs_json(entries: list[TokenLogprobs | None] | None) -> list[Any] | None:
+    """VLLM's form: for each prompt token a table from token id to log probability; null for the first."""
+    if entries is None:
+        return None
+    return [None if entry is None else _table(entry) for entry in entries]
+
+
+def _table(entry: TokenLogprobs) -> dict[str, Any]:
+    table = {str(entry.token_id): _row(entry.logprob, entry.rank, entry.text)}
+    for rank, (token, text, _, logprob) in enumerate(entry.top, start=1):
+        table.setdefault(str(token), _row(logprob, rank, text))
+    return table
+
+
+def _row(logprob: float, rank: int, text: str) -> dict[str, Any]:
+    return {"logprob": shown_logprob(logprob), "rank": rank, "decoded_token": text}

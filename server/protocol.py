@@ -1,0 +1,307 @@
+"""OpenAI's requests, with the extensions that vLLM made usual. What is not served is refused here."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+
+from engine.sampling_params import MAX_LIST, SamplingParams
+
+MAX_MESSAGES = 1024
+MAX_PARTS = 1024
+MAX_PROMPTS = 128
+
+_Bias = Annotated[dict[str, float], Field(max_length=MAX_LIST)]
+
+
+class _Model(BaseModel):
+    """Types are not guessed: a number in quotes is no number. Unknown fields are ignored, as OpenAI's clients need."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+
+class StreamOptions(_Model):
+    """What a stream tells beside its text."""
+
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
+
+
+class SamplingFields(_Model):
+    """The fields that chat and completions share."""
+
+    model: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    logit_bias: _Bias | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+
+    @field_validator("stream_options")
+    @classmethod
+    def _check_stream_options(cls, options: StreamOptions | None, info: Any) -> StreamOptions | None:
+        if options is not None and not info.data.get("stream"):
+            raise ValueError("only allowed with stream")
+        return options
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each chunk tells the usage so far."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    def check_served(self) -> None:
+        """Raise `ValueError` for a feature that is not there."""
+        kind = (self.response_format or {"type": "text"}).get("type")
+        if kind != "text":
+            raise ValueError(f"response_format {kind!r} is not available yet: only 'text' is")
+        if self.structured_outputs:
+            raise ValueError("structured_outputs is not available yet")
+        if self.store:
+            raise ValueError("store is not available: nothing is kept after the answer")
+        if self.service_tier not in (None, "auto", "default"):
+            raise ValueError(f"service_tier {self.service_tier!r} is not available: 'auto' and 'default' are")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs cannot be streamed")
+
+    def sampling_params(
+        self, defaults: dict[str, Any], *, max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
+        """The engine's parameters: the request's, else the checkpoint's, else OpenAI's.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        given = {name: getattr(self, name) for name in _SAMPLING_FIELDS}
+        values = defaults | {name: value for name, value in given.items() if value is not None}
+        if self.logit_bias:
+            values["logit_bias"] = _bias(self.logit_bias)
+        return SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs)
+
+
+_SAMPLING_FIELDS = (
+    "temperature", "top_p", "top_k", "min_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "include_stop_str_in_output",
+    "skip_special_tokens", "bad_words", "allowed_token_ids", "prompt_logprobs",
+)  # fmt: skip
+
+
+class TextPart(_Model):
+    """A piece of text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Model):
+    """Where an image is."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = "auto"
+
+
+class ImagePart(_Model):
+    """An image."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class OtherPart(_Model):
+    """A kind of part that is not served; always an error."""
+
+    type: Literal["text", "image_url"]
+
+
+def _part_kind(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return kind if kind in ("text", "image_url") else "other"
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("text")] | Annotated[ImagePart, Tag("image_url")] | Annotated[OtherPart, Tag("other")],
+    Discriminator(_part_kind),
+]
+
+
+class Message(_Model):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[Part], Field(max_length=MAX_PARTS)] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As a template takes it."""
+        return self.model_dump(exclude_none=True)
+
+
+class TemplateFields(_Model):
+    """How a conversation becomes a prompt."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check_template_fields(self) -> None:
+        """Raise `ValueError` for contradictions."""
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ValueError("continue_final_message needs a last message of the assistant")
+        for message in self.messages:
+            if message.content is None and not (message.role == "assistant" and message.tool_calls):
+                raise ValueError(f"messages: a message of role {message.role!r} has no content")
+            if message.role != "user" and any(isinstance(part, ImagePart) for part in message.content or []):
+                raise ValueError(f"messages: a message of role {message.role!r} cannot hold images")
+
+    def image_urls(self) -> list[str]:
+        """Where the images are, in order."""
+        parts = [part for m in self.messages if isinstance(m.content, list) for part in m.content]
+        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+
+
+class ChatCompletionRequest(TemplateFields, SamplingFields):
+    """`POST /v1/chat/completions`."""
+
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    echo: bool | None = None
+
+    def check_served(self) -> None:
+        """Raise `ValueError` for a feature that is not there, or a contradiction."""
+        super().check_served()
+        self.check_template_fields()
+        if self.tools and self.tool_choice != "none":
+            raise ValueError("tools is not available yet: leave it out, or set tool_choice to 'none'")
+        if self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice is not available yet: leave it out, or set it to 'none'")
+        if any(message.role == "tool" or message.tool_calls for message in self.messages):
+            raise ValueError("messages: tool calls are not available yet")
+        if self.echo:
+            raise ValueError("echo is not available for chat: use it with completions")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+
+    def params(self, defaults: dict[str, Any]) -> SamplingParams:
+        """The engine's parameters."""
+        wanted = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.sampling_params(defaults, max_tokens=wanted, logprobs=logprobs)
+
+
+class CompletionRequest(SamplingFields):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[
+        str | list[str] | list[int] | list[list[int]],
+        Field(description="one prompt or several, as text or as token ids"),
+    ]
+    echo: bool | None = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+    add_special_tokens: bool | None = None
+
+    def check_served(self) -> None:
+        """Raise `ValueError` for a feature that is not there, or a contradiction."""
+        super().check_served()
+        if self.suffix:
+            raise ValueError("suffix is not available: the model cannot fill in the middle")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError(f"best_of is {self.best_of}: only the value of n, {self.n or 1}, is available")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is 0: it must be at least 1, except with echo")
+        if self.echo and self.stream and self.logprobs is not None:
+            raise ValueError("echo with logprobs cannot be streamed")
+        if len(self.prompts()) > MAX_PROMPTS:
+            raise ValueError(f"prompt holds {len(self.prompts())} prompts: at most {MAX_PROMPTS} are allowed")
+        if not self.prompts():
+            raise ValueError("prompt is empty")
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or several."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+    def params(self, defaults: dict[str, Any]) -> SamplingParams:
+        """The engine's parameters."""
+        wanted = 16 if self.max_tokens is None else max(self.max_tokens, 1)
+        params = self.sampling_params(defaults, max_tokens=wanted, logprobs=self.logprobs)
+        if self.echo and self.logprobs is not None and params.prompt_logprobs is None:
+            params.prompt_logprobs = self.logprobs
+        return params
+
+
+class TokenizeTextRequest(_Model):
+    """`POST /tokenize` with a text."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool | None = True
+    return_token_strs: bool | None = False
+
+
+class TokenizeChatRequest(TemplateFields):
+    """`POST /tokenize` with a conversation."""
+
+    model: str | None = None
+    return_token_strs: bool | None = False
+
+
+class DetokenizeRequest(_Model):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+def _bias(given: dict[str, float]) -> dict[int, float]:
+    try:
+        return {int(token): bias for token, bias in given.items()}
+    except ValueError:
+        raise ValueError("logit_bias: its keys must be token ids") from None

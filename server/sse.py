@@ -1,0 +1,86 @@
+"""Responses that end when their client does."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.errors import from_exception
+
+Result = TypeVar("Result")
+
+_encoder = msgspec.json.Encoder()
+_DONE = b"data: [DONE]\n\n"
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its answer was complete."""
+
+
+class EventStream(Response):
+    """Server-sent events: one for each object of `events`, then `[DONE]`. An error is an event of its own.
+
+    When the client goes away, `events` is closed at once, wherever it waits.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[dict[str, Any], None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream (ASGI)."""
+        sending = asyncio.create_task(self._send_all(send))
+        watching = asyncio.create_task(_wait_for_disconnect(receive))
+        try:
+            await asyncio.wait((sending, watching), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (sending, watching):
+                task.cancel()
+            await asyncio.gather(sending, watching, return_exceptions=True)
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for event in self._events:
+                await _send_chunk(send, b"data: " + _encoder.encode(event) + b"\n\n")
+        except Exception as error:
+            await _send_chunk(send, b"data: " + _encoder.encode(from_exception(error).body()) + b"\n\n")
+        finally:
+            await self._events.aclose()
+        await _send_chunk(send, _DONE)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def unless_client_goes(request: Request, work: Awaitable[Result]) -> Result:
+    """Do the work of a plain request, and give it up when the client goes away.
+
+    Raises:
+        ClientGone: the client went away.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.create_task(_wait_for_disconnect(request.receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _send_chunk(send: Send, chunk: bytes) -> None:
+    await send({"type": "http.response.body", "body": chunk, "more_body": True})

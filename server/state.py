@@ -1,0 +1,146 @@
+"""What the request handlers share."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel
+
+from engine.chat_template import ChatTemplate
+from engine.client import AsyncEngine
+from engine.config import EngineConfig
+from engine.input_processor import InputProcessor, PreparedImage
+from server.args import ServerArgs
+from server.errors import ApiError
+from server.media import MediaFetcher
+from server.metrics import Metrics
+
+Body = TypeVar("Body", bound=BaseModel)
+Result = TypeVar("Result")
+
+# Bodies above this many bytes are parsed in a thread, so that others' tokens do not wait for it.
+_PARSED_AT_ONCE = 64 << 10
+
+
+@dataclass(slots=True)
+class ServerState:
+    """One server's engine, settings and helpers."""
+
+    engine: AsyncEngine
+    args: ServerArgs
+    template: ChatTemplate
+    media: MediaFetcher
+    metrics: Metrics
+    text_pool: ThreadPoolExecutor
+    """For tokenizers and templates."""
+    image_pool: ThreadPoolExecutor
+    draining: bool = False
+    num_open: int = 0
+    """Requests that are being answered."""
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def config(self) -> EngineConfig:
+        """The engine's configuration."""
+        return self.engine.config
+
+    @property
+    def inputs(self) -> InputProcessor:
+        """The engine's input processor."""
+        return self.engine.inputs
+
+    @property
+    def model_name(self) -> str:
+        """The first of the names that the model is served under."""
+        return self.config.served_names[0]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be served."""
+        return self.engine.is_alive and not self.draining
+
+    def check_model(self, name: str | None) -> str:
+        """The served name that a request means; 404 for a name that is not served."""
+        if name is None or name in self.config.served_names:
+            return name or self.model_name
+        raise ApiError(404, f"the model {name[:100]!r} does not exist", param="model", code="model_not_found")
+
+    @asynccontextmanager
+    async def open_request(self) -> AsyncIterator[None]:
+        """Count a request as running until it is answered; refuses it while the server shuts down."""
+        if self.draining:
+            raise ApiError(503, "the server is shutting down")
+        self.num_open += 1
+        try:
+            yield
+        finally:
+            self.num_open -= 1
+            if not self.num_open:
+                self.idle.set()
+
+    async def in_text_pool(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Run tokenizer or template work off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.text_pool, function, *args)
+
+    async def load_images(self, urls: list[str]) -> list[PreparedImage]:
+        """Fetch, decode and prepare images, all at once; the first failure ends the others."""
+        if not urls:
+            return []
+        self.inputs.check_image_count(len(urls))
+        if self.config.vision is not None and self.config.vision.processor is None:
+            raise ValueError("the server runs with --disable-image-processor: it cannot prepare images")
+        loop = asyncio.get_running_loop()
+
+        async def load(url: str) -> PreparedImage:
+            image = await self.media.load(url)
+            return await loop.run_in_executor(self.image_pool, self.inputs.prepare_image, image)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(load(url)) for url in urls]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+
+def state_of(request: Request) -> ServerState:
+    """The state of the application that a request came to."""
+    state = request.app.state.server
+    assert isinstance(state, ServerState)
+    return state
+
+
+async def read_body(request: Request, kind: type[Body]) -> Body:
+    """Read and check a JSON body.
+
+    Raises:
+        ApiError: 413 above the size limit, 415 for another content type.
+        ValidationError: it is malformed, or a field has the wrong type.
+    """
+    limit = state_of(request).args.max_request_bytes
+    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise ApiError(415, f"content type {content_type[:100]!r} is not served: send application/json")
+    length = request.headers.get("content-length", "0")
+    if length.isdigit() and int(length) > limit:
+        raise _too_large(limit)
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        chunks.append(chunk)
+    body = b"".join(chunks)
+    if size <= _PARSED_AT_ONCE:
+        return kind.model_validate_json(body)
+    return await asyncio.to_thread(kind.model_validate_json, body)
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is larger than the limit of {limit} bytes")

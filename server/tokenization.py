@@ -1,0 +1,50 @@
+"""`POST /tokenize` and `POST /detokenize`."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import RootModel
+
+from server.prompts import render
+from server.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
+from server.state import ServerState, read_body, state_of
+
+router = APIRouter()
+
+
+class _TokenizeRequest(RootModel[dict[str, Any]]):
+    """Either kind; which one is seen by its fields."""
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request) -> dict[str, Any]:
+    """The token ids of a text or of a conversation, image tokens counted in."""
+    state = state_of(request)
+    raw = (await read_body(request, _TokenizeRequest)).root
+    kind = TokenizeChatRequest if "messages" in raw else TokenizeTextRequest
+    body = kind.model_validate(raw)
+    state.check_model(body.model)
+    tokens = await state.in_text_pool(_tokens, state, body)
+    names = state.inputs.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
+    return {
+        "count": len(tokens),
+        "max_model_len": state.inputs.max_model_len,
+        "tokens": tokens,
+        "token_strs": names,
+    }
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request) -> dict[str, str]:
+    """The text of token ids."""
+    state = state_of(request)
+    body = await read_body(request, DetokenizeRequest)
+    state.check_model(body.model)
+    return {"prompt": await state.in_text_pool(state.inputs.decode, body.tokens)}
+
+
+def _tokens(state: ServerState, body: TokenizeChatRequest | TokenizeTextRequest) -> list[int]:
+    if isinstance(body, TokenizeTextRequest):
+        return state.inputs.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+    state.inputs.check_image_count(len(body.image_urls()))
+    return state.inputs.expand_placeholders(render(state, body))
