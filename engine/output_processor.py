@@ -23,6 +23,8 @@ class _Answer:
     """All text so far, what is held back for a stop string included."""
     num_sent: int = 0
     """Characters of `text` that are out."""
+    unresolved: list[TokenLogprobs] = field(default_factory=list)
+    """Log probabilities of tokens that wait for the rest of their character."""
     waiting: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
     """Log probabilities with the length of the text behind them; they leave with their text."""
 
@@ -103,7 +105,9 @@ class OutputProcessor:
         before = len(answer.text)
         answer.text += new
         if logprobs is not None:
-            answer.waiting.append((len(answer.text), self._token_logprobs(token, new, logprobs)))
+            answer.unresolved.append(self._token_logprobs(token, new, logprobs))
+            if new:
+                _resolve(answer, new)
         self._check_stops(answer, delta, before)
 
     def _check_stops(self, answer: _Answer, delta: Delta, before: int) -> None:
@@ -123,10 +127,9 @@ class OutputProcessor:
         before = len(answer.text)
         answer.text += answer.detokenizer.flush()
         rest = answer.text[before:]
-        if rest and answer.waiting:
-            _, last = answer.waiting.pop()
-            last.text += rest
-            answer.waiting.append((len(answer.text), last))
+        if answer.unresolved:
+            answer.unresolved[-1].text = rest
+            _resolve(answer, rest)
         if delta.finish_reason != "error":
             reason, stop_reason = delta.finish_reason, delta.stop_reason
             self._check_stops(answer, delta, before)
@@ -160,9 +163,12 @@ class OutputProcessor:
 
     def _prompt_logprobs(self, answer: _Answer, positions: list[PositionLogprobs]) -> list[TokenLogprobs | None]:
         entries: list[TokenLogprobs | None] = [None]
+        skip = answer.request.params.skip_special_tokens
+        first = answer.request.prompt_token_ids[:1]
+        detokenizer = Detokenizer(self._tokenizer, first, skip_special_tokens=skip)
         for position in positions:
             token = position.token_ids[0]
-            entries.append(self._token_logprobs(token, self._alone(token), position))
+            entries.append(self._token_logprobs(token, detokenizer.push(token), position))
         return entries
 
     def _alone(self, token: int) -> str:
@@ -170,6 +176,18 @@ class OutputProcessor:
         text = self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False)
         piece = self._tokenizer.backend_tokenizer.id_to_token(token) or ""
         return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else str(text)
+
+
+def _resolve(answer: _Answer, text: str) -> None:
+    """Tokens that made `text` together are complete: their bytes are its bytes, or, where they were no valid UTF-8, the
+    last one has the bytes of what stands for them.
+    """
+    group, answer.unresolved = answer.unresolved, []
+    if b"".join(entry.raw for entry in group) != text.encode("utf-8", "replace"):
+        for entry in group:
+            entry.raw = b""
+        group[-1].raw = text.encode("utf-8", "replace")
+    answer.waiting += [(len(answer.text), entry) for entry in group]
 
 
 def stop_strings(params: SamplingParams) -> list[str]:

@@ -1,7 +1,6 @@
 """The FastAPI application."""
 
 import hmac
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from server import chat, completions, tokenization
 from server.errors import ApiError, install_handlers
 from server.sse import ClientGone
 from server.state import ServerState, state_of
+from server.version import program_version
 
 router = APIRouter()
 
@@ -96,14 +96,6 @@ async def model(request: Request, name: str) -> dict[str, Any]:
     """One of them."""
     state = state_of(request)
     return _model(state, state.check_model(name))
-
-
-def program_version() -> str:
-    """The installed version."""
-    try:
-        return version("vlm-server")
-    except PackageNotFoundError:
-        return "0.0.0"
 
 
 def _model(state: ServerState, name: str) -> dict[str, Any]:

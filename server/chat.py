@@ -65,7 +65,7 @@ class _Chat:
         self._prompt = prompt
         self._stream = stream
         self._usage = Usage.of([prompt])
-        self._head = {"id": name, "created": int(time.time()), "model": model, "system_fingerprint": None}
+        self._head = {"id": name, "created": int(time.time()), "model": model, "system_fingerprint": state.fingerprint}
 
     async def whole(self) -> dict[str, Any]:
         """The response in one piece."""

@@ -97,7 +97,7 @@ class _Completion:
         self._n = n
         self._usage = Usage.of(prompts)
         self._head = {"id": name, "object": "text_completion", "created": int(time.time()), "model": model,
-                      "system_fingerprint": None}  # fmt: skip
+                      "system_fingerprint": state.fingerprint}  # fmt: skip
 
     async def whole(self) -> dict[str, Any]:
         """The response in one piece."""

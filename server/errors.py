@@ -1,6 +1,7 @@
 """Errors as OpenAI's clients expect them."""
 
 import logging
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from engine.errors import EngineDeadError, QueueFullError
+from server.protocol import REQUEST_FIELDS
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ def from_exception(error: BaseException) -> ApiError:
     if isinstance(error, ValidationError):
         return from_validation(error)
     if isinstance(error, ValueError):
-        return bad_request(str(error) or "the request is not valid")
+        return bad_request(str(error) or "the request is not valid", _named_field(str(error)))
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail))
     logger.error("a request failed unexpectedly", exc_info=error)
@@ -70,8 +72,9 @@ def from_exception(error: BaseException) -> ApiError:
 
 def from_validation(error: ValidationError) -> ApiError:
     """The first of pydantic's complaints, with the field's path and the value."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(step) for step in first["loc"] if not _is_type_tag(step)) or None
+    # Of the members of a union, the one that got furthest is the one that was meant.
+    first = max(error.errors(include_url=False, include_context=False), key=lambda found: len(found["loc"]))
+    place = ".".join(_fields(first["loc"])) or None
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return bad_request(f"the body is not valid JSON: {message.removeprefix('Invalid JSON: ')}")
@@ -92,9 +95,21 @@ def install_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, handle)
 
 
-def _is_type_tag(step: int | str) -> bool:
-    """Whether a step of pydantic's path names a member of a union rather than a field."""
-    return isinstance(step, str) and ("[" in step or step in ("str", "int", "text", "image_url"))
+def _named_field(message: str) -> str | None:
+    """The request field that a message begins with, as those of the engine do."""
+    word = re.match(r"\w*", message)
+    return word[0] if word and word[0] in REQUEST_FIELDS else None
+
+
+def _fields(path: tuple[int | str, ...]) -> list[str]:
+    """Pydantic's path without the steps that name members of unions: types, and the kinds of content parts."""
+    kept: list[str] = []
+    for before, step in zip(("", *path), path, strict=False):
+        is_kind = isinstance(before, int) and step in ("text", "image_url", "other")
+        is_type = isinstance(step, str) and ("[" in step or step in ("str", "int"))
+        if not is_kind and not is_type:
+            kept.append(str(step))
+    return kept
 
 
 def _short(value: Any) -> str:

@@ -179,7 +179,7 @@ class MediaFetcher:
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(host, port, type=1, proto=6)  # TCP streams
-            addresses = [ipaddress.ip_address(entry[4][0].partition("%")[0]) for entry in found]
+            addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
         except (OSError, ValueError, UnicodeError):
             raise MediaError("the image could not be fetched: its host was not found") from None
         if not self._limits.allow_private_hosts and not all(is_public(address) for address in addresses):

@@ -277,6 +277,9 @@ class CompletionRequest(SamplingFields):
         return params
 
 
+REQUEST_FIELDS = ChatCompletionRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
+
+
 class TokenizeTextRequest(_Model):
     """`POST /tokenize` with a text."""
 

@@ -1,6 +1,7 @@
 """What the request handlers share."""
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from server.args import ServerArgs
 from server.errors import ApiError
 from server.media import MediaFetcher
 from server.metrics import Metrics
+from server.version import program_version
 
 Body = TypeVar("Body", bound=BaseModel)
 Result = TypeVar("Result")
@@ -59,6 +61,12 @@ class ServerState:
     def model_name(self) -> str:
         """The first of the names that the model is served under."""
         return self.config.served_names[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when answers may: another model, precision or version of this program."""
+        described = f"{self.config.model_name} {self.config.dtype} {program_version()}"
+        return "fp_" + hashlib.sha256(described.encode()).hexdigest()[:10]
 
     @property
     def is_ready(self) -> bool:
