@@ -1,0 +1,71 @@
+"""The engine on the GPU in float32 gives Hugging Face's tokens, which are computed on the CPU."""
+
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from demo.random_checkpoint import CheckpointSpec
+from engine import LLM, SamplingParams
+from tests.conftest import MakeCheckpoint
+from tests.oracle import hf_generate
+
+SPECS = {
+    "mha": CheckpointSpec(seed=1),
+    "gqa": CheckpointSpec(seed=2, num_key_value_heads=2),
+    "mqa, head of 32": CheckpointSpec(seed=3, num_key_value_heads=1, head_dim=32),
+    "window": CheckpointSpec(seed=4, text_model="mistral", num_key_value_heads=2, sliding_window=24),
+    "head of 80": CheckpointSpec(seed=5, hidden_size=160, num_attention_heads=2, num_key_value_heads=2, head_dim=80),
+    "text": CheckpointSpec(seed=6, kind="llama"),
+}
+LIMITS: dict[str, dict[str, Any]] = {
+    "roomy": {},
+    "tiny chunks": {"max_num_batched_tokens": 7},
+    "few blocks": {"num_gpu_blocks_override": 24, "max_num_seqs": 16},
+    "no prefix cache": {"enable_prefix_caching": False},
+}
+
+
+def prompts(photos: list[Image.Image], *, sees: bool) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = []
+    for number in range(24):
+        images = [
+            photos[(number + i) % 2].crop((0, 0, 200 + 8 * number, 300)) for i in range(number % 4 if sees else 0)
+        ]
+        text = "USER: " + "<image>\n" * len(images) + f"What is number {number}? " * (1 + number % 5) + "ASSISTANT:"
+        made.append({"prompt": text, "multi_modal_data": {"image": images}})
+    return made
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("kind", SPECS)
+def test_mixed_batch_equals_hugging_face(
+    kind: str, limits: str, checkpoint: MakeCheckpoint, photos: list[Image.Image]
+) -> None:
+    folder = checkpoint(SPECS[kind])
+    given = prompts(photos, sees=SPECS[kind].kind == "llava")
+    llm = LLM(str(folder), dtype="float32", device="cuda", gpu_memory_utilization=0.3, **LIMITS[limits])
+    for _ in range(2):  # the second time prefixes are cached
+        outputs = llm.generate(given, SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
+        for prompt, output in zip(given, outputs, strict=True):
+            expected = hf_generate(folder, output.prompt_token_ids, prompt["multi_modal_data"]["image"], 20)
+            assert output.outputs[0].token_ids == expected
+        llm._core.check_integrity()
+    preempted = llm._core.scheduler.num_preemptions > 0
+    assert preempted == (limits == "few blocks")
+
+
+def test_sampling_is_the_same_in_any_batch(checkpoint: MakeCheckpoint) -> None:
+    llm = LLM(str(checkpoint(SPECS["gqa"])), dtype="float32", device="cuda", gpu_memory_utilization=0.3)
+    params = [
+        SamplingParams(temperature=0.9, top_p=0.8, top_k=50, seed=5, max_tokens=30, logprobs=3),
+        SamplingParams(temperature=1.1, min_p=0.05, seed=6, max_tokens=30, repetition_penalty=1.3, bad_words=["the"]),
+        SamplingParams(temperature=0, presence_penalty=1.0, frequency_penalty=0.5, max_tokens=30, prompt_logprobs=2),
+        SamplingParams(temperature=1, seed=7, max_tokens=30, allowed_token_ids=list(range(300, 500)), min_tokens=5),
+    ]
+    alone = [llm.generate("USER: Hello ASSISTANT:", param, use_tqdm=False)[0] for param in params]
+    together = llm.generate(["USER: Hello ASSISTANT:"] * 4, params, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in alone] == [o.outputs[0].token_ids for o in together]
+    assert set(alone[3].outputs[0].token_ids) <= set(range(300, 500))
+    assert len(alone[2].prompt_logprobs or []) == len(alone[2].prompt_token_ids)
+    assert len(alone[0].outputs[0].logprobs or []) == 30
