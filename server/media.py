@@ -171,7 +171,7 @@ class MediaFetcher:
         if parsed.port == 0:
             raise MediaError("the image URL is not valid")
         if self._limits.allowed_domains and host not in self._limits.allowed_domains:
-            raise MediaError(f"images from {host[:100]!r} are not allowed")
+            raise MediaError("the image URL leads to a host that is not among the allowed domains")
         return parsed.copy_with(host=host)
 
     async def _vetted_address(self, host: str, port: int) -> _Address:

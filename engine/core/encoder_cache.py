@@ -48,11 +48,15 @@ class EncoderCache:
             self._unused.pop(image.hash, None)
 
     def release(self, request: Request, *, computed: int | None = None) -> None:
-        """Let go of images that lie wholly before `computed` tokens; of all without it."""
+        """Let go of all images but the one that `computed` tokens end within; of all without it.
+
+        An image that comes again later in the prompt is not kept for that: requests that wait for each other's images
+        while they keep some of their own could wait for ever.
+        """
         if not request.held_images:
             return
         images = request.source.images
-        needed = set() if computed is None else {image.hash for image in images if image.end > computed}
+        needed = set() if computed is None else {image.hash for image in images if image.offset < computed < image.end}
         for digest in request.held_images - needed:
             request.held_images.discard(digest)
             self._references[digest] -= 1
