@@ -15,7 +15,7 @@ class EngineArgs:
     `engine.config.create_config` checks them against each other and against the checkpoint.
     """
 
-    model: str = _flag("", "model", "Hub id or local folder of the checkpoint")
+    model: str = _flag("", "model", "Hub id or local folder of the checkpoint; required")
     revision: str | None = _flag(None, "model", "branch, tag or commit on the Hub")
     tokenizer: str | None = _flag(None, "model", "Hub id or folder of the tokenizer; default: the model's")
     served_model_name: list[str] | str | None = _flag(

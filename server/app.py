@@ -48,7 +48,7 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401, or go on (ASGI)."""
-        if scope["type"] == "http" and _is_guarded(scope["path"]) and not self._has_key(scope):
+        if scope["type"] == "http" and _is_guarded(scope) and not self._has_key(scope):
             error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
             await error.response()(scope, receive, send)
             return
@@ -110,8 +110,10 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
     }
 
 
-def _is_guarded(path: str) -> bool:
-    return path == "/v1" or path.startswith(("/v1/", "/tokenize", "/detokenize"))
+def _is_guarded(scope: Scope) -> bool:
+    """What is routed is the path below the root path, whether the proxy took that off or not: both are looked at."""
+    paths = (scope["path"], scope["path"].removeprefix(scope.get("root_path", "")))
+    return any(path == "/v1" or path.startswith(("/v1/", "/tokenize", "/detokenize")) for path in paths)
 
 
 async def _client_gone(request: Request, error: Exception) -> JSONResponse:

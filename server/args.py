@@ -70,13 +70,9 @@ def parse_args(argv: list[str]) -> tuple[EngineArgs, ServerArgs]:
         prog="python -m server",
         description="Serve a vision-language model to OpenAI clients.",
         epilog="Environment: VLLM_API_KEY, VLLM_IMAGE_FETCH_TIMEOUT (seconds, default 5), HF_TOKEN, HF_HOME.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s --model MODEL [flags]",
         allow_abbrev=False,
     )
-    groups: dict[str, Any] = {}
-    for flag in (*EngineArgs.flags(), *fields(ServerArgs)):
-        name = flag.metadata["group"]
-        groups.setdefault(name, None)
     order = ("model", "vision", "media", "scheduler and cache", "parallel", "server")
     groups = {name: parser.add_argument_group(name) for name in order}
     for flag in (*EngineArgs.flags(), *fields(ServerArgs)):
@@ -99,7 +95,7 @@ def parse_args(argv: list[str]) -> tuple[EngineArgs, ServerArgs]:
 def _add(group: Any, flag: "Field[Any]") -> None:
     name, meta = "--" + flag.name.replace("_", "-"), flag.metadata
     default = flag.default_factory() if callable(flag.default_factory) else flag.default
-    common = {"dest": flag.name, "default": default, "help": meta["help"].replace("%", "%%")}
+    common = {"dest": flag.name, "default": default, "help": _help(meta["help"], default)}
     if flag.name == "enable_prefix_caching":
         group.add_argument(name, action=argparse.BooleanOptionalAction, **common)
     elif isinstance(default, bool):
@@ -109,6 +105,16 @@ def _add(group: Any, flag: "Field[Any]") -> None:
     else:
         choices = meta["choices"] or None
         group.add_argument(name, type=meta["kind"] or str, choices=choices, metavar=_metavar(meta), **common)
+
+
+def _help(text: str, default: Any) -> str:
+    """The flag's line with its default, unless the line tells it in words."""
+    if "default:" not in text and "required" not in text:
+        shown = " ".join(default) if isinstance(default, list) else "" if default is None else str(default)
+        if isinstance(default, bool):
+            shown = "on" if default else "off"
+        text = f"{text} (default: {shown or 'none'})"
+    return text.replace("%", "%%")
 
 
 def _metavar(meta: Any) -> str | None:

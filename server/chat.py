@@ -1,7 +1,8 @@
 """`POST /v1/chat/completions`."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -37,15 +38,28 @@ async def _start(state: ServerState, body: ChatCompletionRequest) -> "_Chat":
     """Check the request, make its prompt and hand it to the engine."""
     model = state.check_model(body.model)
     body.check_served()
-    params = body.params(state.config.sampling_defaults)
+    with _max_tokens_as_given(body):
+        params = body.params(state.config.sampling_defaults)
     with state.engine.admission(params.n):
         prompt = await chat_prompt(state, body)
         name = f"chatcmpl-{uuid4().hex}"
-        stream = state.engine.generate(
-            prompt, params, priority=body.priority or 0, cache_salt=body.cache_salt or "", request_id=name
-        )
+        with _max_tokens_as_given(body):
+            stream = state.engine.generate(
+                prompt, params, priority=body.priority or 0, cache_salt=body.cache_salt or "", request_id=name
+            )
     state.metrics.prompt(len(prompt.token_ids))
     return _Chat(state, body, prompt, stream, name, model)
+
+
+@contextmanager
+def _max_tokens_as_given(body: ChatCompletionRequest) -> Iterator[None]:
+    """Errors name `max_completion_tokens` if that is what the client gave."""
+    try:
+        yield
+    except ValueError as error:
+        if body.max_completion_tokens is None:
+            raise
+        raise ValueError(str(error).replace("max_tokens", "max_completion_tokens")) from error
 
 
 class _Chat:
@@ -73,7 +87,7 @@ class _Chat:
         prompt_logprobs: list[TokenLogprobs | None] | None = None
         async for _, delta in run(self._state, [self._stream]):
             answers[delta.index].add(delta)
-            self._usage.add(delta)
+            self._usage.add(0, delta)
             prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
         response = {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage.json()}
@@ -88,7 +102,7 @@ class _Chat:
         async with self._state.open_request():
             begun: set[int] = set()
             async for _, delta in run(self._state, [self._stream]):
-                self._usage.add(delta)
+                self._usage.add(0, delta)
                 if delta.index not in begun:
                     first = not begun
                     begun.add(delta.index)

@@ -106,7 +106,7 @@ class _Completion:
         async for number, delta in run(self._state, self._streams):
             delta = self._trimmed(delta)
             answers[number * self._n + delta.index].add(delta)
-            self._usage.add(delta)
+            self._usage.add(number, delta)
             if delta.prompt_logprobs is not None:
                 prompt_logprobs[number] = delta.prompt_logprobs
         choices = [
@@ -121,7 +121,7 @@ class _Completion:
             offsets = [0] * (self._n * len(self._prompts))
             async for number, delta in run(self._state, self._streams):
                 delta = self._trimmed(delta)
-                self._usage.add(delta)
+                self._usage.add(number, delta)
                 index = number * self._n + delta.index
                 if index not in begun and self._body.echo:
                     text = self._prompts[number].text or ""

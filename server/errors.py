@@ -2,6 +2,8 @@
 
 import logging
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -28,12 +30,21 @@ _LONGEST_VALUE = 100
 class ApiError(Exception):
     """An answer other than 200."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
+        self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         """The JSON object of the answer."""
@@ -43,15 +54,25 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """The whole answer."""
-        headers = {"Retry-After": _RETRY_SECONDS} if self.status == 503 else None
+        headers = {"Retry-After": _RETRY_SECONDS} if self.status == 503 else {}
         if self.status == 401:
             headers = {"WWW-Authenticate": "Bearer"}
-        return JSONResponse(self.body(), self.status, headers)
+        return JSONResponse(self.body(), self.status, self.headers | headers)
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:
     """A 400."""
     return ApiError(400, message, param=param)
+
+
+@contextmanager
+def blaming(field: str) -> Iterator[None]:
+    """A 400 for each `ValueError` inside; it names this field unless its message names another."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error) or "the request is not valid"
+        raise bad_request(message, _named_field(message) or field) from error
 
 
 def from_exception(error: BaseException) -> ApiError:
@@ -65,7 +86,7 @@ def from_exception(error: BaseException) -> ApiError:
     if isinstance(error, ValueError):
         return bad_request(str(error) or "the request is not valid", _named_field(str(error)))
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail))
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
     logger.error("a request failed unexpectedly", exc_info=error)
     return ApiError(500, "the server failed to answer this request")
 

@@ -42,17 +42,18 @@ class Usage:
     prompt_tokens: int
     image_tokens: int
     completion_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: dict[int, int] = field(default_factory=dict)
+    """Of each prompt."""
 
     @classmethod
     def of(cls, prompts: Sequence[ProcessedPrompt]) -> "Usage":
         """Before anything is generated."""
         return cls(sum(len(prompt.token_ids) for prompt in prompts), sum(p.num_image_tokens for p in prompts))
 
-    def add(self, delta: Delta) -> None:
-        """Count what came new."""
+    def add(self, prompt: int, delta: Delta) -> None:
+        """Count what came new for a prompt, by its number."""
         self.completion_tokens += len(delta.token_ids)
-        self.cached_tokens = max(self.cached_tokens, delta.num_cached_tokens)
+        self.cached_tokens[prompt] = max(self.cached_tokens.get(prompt, 0), delta.num_cached_tokens)
 
     def json(self) -> dict[str, Any]:
         """OpenAI's object."""
@@ -60,7 +61,10 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens, "image_tokens": self.image_tokens},
+            "prompt_tokens_details": {
+                "cached_tokens": sum(self.cached_tokens.values()),
+                "image_tokens": self.image_tokens,
+            },
         }
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from engine.chat_template import ChatTemplate
 from engine.input_processor import PreparedImage, ProcessedPrompt
-from server.errors import bad_request
+from server.errors import bad_request, blaming
 from server.protocol import ChatCompletionRequest, TemplateFields
 from server.state import ServerState
 
@@ -38,10 +38,11 @@ def render(state: ServerState, body: TemplateFields, tools: list[dict[str, Any]]
 async def chat_prompt(state: ServerState, body: ChatCompletionRequest) -> ProcessedPrompt:
     """Render a conversation and put its images in."""
     urls = body.image_urls()
-    state.inputs.check_image_count(len(urls))
-    token_ids = await state.in_text_pool(render, state, body)
-    images = await state.load_images(urls)
-    return await state.in_text_pool(_process, state, token_ids, images, body.truncate_prompt_tokens)
+    with blaming("messages"):
+        state.inputs.check_image_count(len(urls))
+        token_ids = await state.in_text_pool(render, state, body)
+        images = await state.load_images(urls)
+        return await state.in_text_pool(_process, state, token_ids, images, body.truncate_prompt_tokens)
 
 
 async def text_prompt(
@@ -62,7 +63,8 @@ async def text_prompt(
             )
         return processed
 
-    return await state.in_text_pool(work)
+    with blaming("prompt"):
+        return await state.in_text_pool(work)
 
 
 def _process(

@@ -62,6 +62,13 @@ class SamplingFields(_Model):
     service_tier: str | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
+    function_call: Any = None
+    functions: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    use_beam_search: Any = None
 
     @field_validator("stream_options")
     @classmethod
@@ -82,10 +89,13 @@ class SamplingFields(_Model):
 
     def check_served(self) -> None:
         """Raise `ValueError` for a feature that is not there."""
-        kind = (self.response_format or {"type": "text"}).get("type")
+        kind = "text" if self.response_format is None else self.response_format.get("type")
         if kind != "text":
             raise ValueError(f"response_format {kind!r} is not available yet: only 'text' is")
-        if self.structured_outputs:
+        for name in _NOT_SERVED:
+            if getattr(self, name):
+                raise ValueError(f"{name} is not available")
+        if self.structured_outputs is not None:
             raise ValueError("structured_outputs is not available yet")
         if self.store:
             raise ValueError("store is not available: nothing is kept after the answer")
@@ -113,6 +123,10 @@ _SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "include_stop_str_in_output",
     "skip_special_tokens", "bad_words", "allowed_token_ids", "prompt_logprobs",
+)  # fmt: skip
+# Older names that clients still send; ignored, they would give answers of the wrong form.
+_NOT_SERVED = (
+    "function_call", "functions", "guided_choice", "guided_grammar", "guided_json", "guided_regex", "use_beam_search",
 )  # fmt: skip
 
 

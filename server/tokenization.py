@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import RootModel
 
+from server.errors import bad_request, blaming
 from server.prompts import render
 from server.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
 from server.state import ServerState, read_body, state_of
@@ -24,7 +25,8 @@ async def tokenize(request: Request) -> dict[str, Any]:
     kind = TokenizeChatRequest if "messages" in raw else TokenizeTextRequest
     body = kind.model_validate(raw)
     state.check_model(body.model)
-    tokens = await state.in_text_pool(_tokens, state, body)
+    with blaming("messages" if isinstance(body, TokenizeChatRequest) else "prompt"):
+        tokens = await state.in_text_pool(_tokens, state, body)
     names = state.inputs.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
     return {
         "count": len(tokens),
@@ -40,11 +42,18 @@ async def detokenize(request: Request) -> dict[str, str]:
     state = state_of(request)
     body = await read_body(request, DetokenizeRequest)
     state.check_model(body.model)
-    return {"prompt": await state.in_text_pool(state.inputs.decode, body.tokens)}
+    with blaming("tokens"):
+        return {"prompt": await state.in_text_pool(state.inputs.decode, body.tokens)}
 
 
 def _tokens(state: ServerState, body: TokenizeChatRequest | TokenizeTextRequest) -> list[int]:
     if isinstance(body, TokenizeTextRequest):
-        return state.inputs.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        tokens = state.inputs.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        vision = state.config.vision
+        if vision is not None and vision.image_token_id in tokens:
+            raise bad_request(
+                f"prompt holds the text {state.inputs.image_token!r}, which stands for an image", "prompt"
+            )
+        return tokens
     state.inputs.check_image_count(len(body.image_urls()))
     return state.inputs.expand_placeholders(render(state, body))

@@ -265,8 +265,11 @@ class Engine:
         for _ in range(20 + 20 * tokens):
             if not self.scheduler.has_requests and not self.launched:
                 break
+            preempted = self.scheduler.num_preemptions
             step = self.launch()
-            assert step.requests or self.launched, "nothing runs and nothing can start"
+            # What is preempted may hold an image that the others wait for until then: they go on in the next step.
+            idle = not step.requests and not self.launched and preempted == self.scheduler.num_preemptions
+            assert not idle, "nothing runs and nothing can start"
             if self.launched and (len(self.launched) >= depth or not step.requests):
                 self.take_in()
             self.scheduler.check_integrity()
@@ -396,7 +399,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(derandomize=True, deadline=None, max_examples=150, stateful_step_count=25)
+TestSchedulerMachine.settings = settings(derandomize=True, deadline=None, max_examples=100, stateful_step_count=20)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -616,6 +619,14 @@ def test_image_that_must_wait_splits_the_prompt() -> None:
     engine.run(depth=2)
 
 
+def test_image_that_comes_again_is_not_kept_for_that() -> None:
+    engine = Engine(num_blocks=32, encoder_capacity=7, encoder_budget=4, max_num_seqs=2, prefix_caching=False)
+    engine.add(make("r0", b"b", b"c", b"b"))
+    engine.add(make("r1", b"c", b"b", b"c"))
+    engine.add(make("r2", b"b", b"a", b"c", b"b"))
+    engine.run(depth=2)
+
+
 def test_request_that_waits_for_memory_holds_up_those_behind_it() -> None:
     engine = Engine(num_blocks=4, block_size=4, prefix_caching=False)
     engine.add(make("r0", [1] * 8, max_tokens=2))
@@ -623,8 +634,11 @@ def test_request_that_waits_for_memory_holds_up_those_behind_it() -> None:
     engine.add(make("r1", [2] * 12, max_tokens=2))
     engine.add(make("r2", [3], max_tokens=2))
     assert [part.request_id for part in engine.launch().requests] == ["r0"]
+    engine.take_in()
+    engine.take_in()
+    assert list(engine.finished) == ["r0"]
+    assert [part.request_id for part in engine.launch().requests] == ["r1", "r2"]
     engine.run(depth=2)
-    assert list(engine.finished) == ["r0", "r1", "r2"] or list(engine.finished)[0] == "r0"
 
 
 def test_blocks_are_reused_oldest_first() -> None:
