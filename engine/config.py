@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from engine.args import EngineArgs
-from engine.errors import ModelLoadError
+from engine.errors import ModelLoadError, one_line
 from engine.image_processor import ImageProcessor
 from engine.models.clip import resolve_layer
 from engine.models.hub import resolve_model, resolve_processor_config, resolve_tokenizer
@@ -191,8 +191,7 @@ def _read_config(path: Path) -> Any:
     except ModelLoadError:
         raise
     except Exception as error:  # transformers raises many kinds on a configuration that it does not like
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelLoadError(f"{path / 'config.json'} cannot be served: {first_line}") from error
+        raise ModelLoadError(f"{path / 'config.json'} cannot be served: {one_line(error)}") from error
     return config
 
 

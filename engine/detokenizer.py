@@ -22,7 +22,7 @@ class Detokenizer:
         self._decode: Callable[..., str] = tokenizer.backend_tokenizer.decode
         self._skip = skip_special_tokens
         # The window: tokens whose text is out, then those whose text is not.
-        self._ids = prompt_token_ids[-_PROMPT_TAIL:]
+        self._ids = self._tail(prompt_token_ids)
         self._num_read = len(self._ids)
         self._read_text = self._text(self._ids)
 
@@ -30,6 +30,9 @@ class Detokenizer:
         """Add a token; returns the text that is now certain, often the token's own, sometimes none."""
         self._ids.append(token_id)
         text = self._text(self._ids)
+        if text == self._read_text and self._is_skipped(token_id):
+            self._ids.pop()  # however many come, the window keeps the text before them
+            return ""
         waiting = len(self._ids) - self._num_read
         if waiting <= _LONGEST_WAIT and (len(text) <= len(self._read_text) or text.endswith(_REPLACEMENT)):
             return ""
@@ -45,6 +48,17 @@ class Detokenizer:
         self._num_read = len(self._ids)
         self._read_text = self._text(self._ids)
         return new
+
+    def _tail(self, prompt_token_ids: list[int]) -> list[int]:
+        """The prompt's last tokens, from where a character begins: half a character would spoil all bytes behind it."""
+        ids = prompt_token_ids[-_PROMPT_TAIL:]
+        for first in range(min(4, len(ids))):
+            if not self._text(ids[first:]).startswith(_REPLACEMENT):
+                return ids[first:]
+        return ids
+
+    def _is_skipped(self, token_id: int) -> bool:
+        return self._skip and not self._text([token_id]) and bool(self._decode([token_id], skip_special_tokens=False))
 
     def _text(self, ids: list[int]) -> str:
         return self._decode(ids, skip_special_tokens=self._skip)

@@ -17,3 +17,9 @@ class QueueFullError(Exception):
 
     def __init__(self) -> None:
         super().__init__("too many requests are waiting: try again later")
+
+
+def one_line(error: Exception, longest: int = 300) -> str:
+    """A library's message on one line, or the error's kind where there is none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else text[:longest] + "…"

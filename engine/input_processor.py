@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from engine.config import EngineConfig, VisionConfig
-from engine.errors import ModelLoadError
+from engine.errors import ModelLoadError, one_line
 from engine.image_processor import image_hash
 from engine.messages import EngineRequest, ImageInput
 from engine.multimodal import ImageFeatureData, ImagePixelData
@@ -224,8 +224,7 @@ def load_tokenizer(config: EngineConfig) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_path)
     except Exception as error:  # transformers raises many kinds on files that it does not like
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelLoadError(f"the tokenizer in {config.tokenizer_path} cannot be loaded: {first_line}") from error
+        raise ModelLoadError(f"the tokenizer in {config.tokenizer_path} cannot be loaded: {one_line(error)}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelLoadError(f"the tokenizer in {config.tokenizer_path} has no fast form (tokenizer.json)")
     tokenizer.backend_tokenizer.no_truncation()

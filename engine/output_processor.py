@@ -97,9 +97,7 @@ class OutputProcessor:
         delta.token_ids.append(token)
         answer.num_tokens += 1
         params = answer.request.params
-        if finish_reason == "stop":
-            if params.include_stop_str_in_output and token in params.stop_token_ids:
-                answer.text += answer.detokenizer.push(token)
+        if finish_reason == "stop" and not (params.include_stop_str_in_output and token in params.stop_token_ids):
             return  # a token that ends the answer is not part of its text
         new = answer.detokenizer.push(token)
         before = len(answer.text)

@@ -51,19 +51,19 @@ class SamplingParams:
         if isinstance(self.stop, str):
             self.stop = [self.stop]
         self.stop = list(self.stop or [])
-        _check_range("n", self.n, 1, MAX_N)
+        _check_integer("n", self.n, 1, MAX_N)
         _check_range("temperature", self.temperature, 0, 100)
         _check_range("top_p", self.top_p, 0, 1, low_open=True)
         _check_range("min_p", self.min_p, 0, 1)
-        _check_range("top_k", self.top_k, -1, None)
+        _check_integer("top_k", self.top_k, -1, None)
         _check_range("presence_penalty", self.presence_penalty, -2, 2)
         _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
         _check_range("repetition_penalty", self.repetition_penalty, 0, 100, low_open=True)
-        _check_range("max_tokens", self.max_tokens, 1, None)
-        _check_range("min_tokens", self.min_tokens, 0, None)
-        _check_range("seed", self.seed, -(2**63), 2**63 - 1)
-        _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        _check_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        _check_integer("max_tokens", self.max_tokens, 1, None)
+        _check_integer("min_tokens", self.min_tokens, 0, None)
+        _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
+        _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _check_integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}: it must not exceed max_tokens, {self.max_tokens}")
         self._check_lists()
@@ -105,6 +105,16 @@ class SamplingParams:
             for token in ids:
                 if not 0 <= token < vocab_size:
                     raise ValueError(f"{name} holds {token}: token ids go from 0 to {vocab_size - 1}")
+
+
+def _check_integer(name: str, value: int | None, low: int, high: int | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r}: it must be an integer")
+    if value < low or (high is not None and value > high):
+        upper = "" if high is None else f" and at most {high}"
+        raise ValueError(f"{name} is {value}: it must be at least {low}{upper}")
 
 
 def _check_range(name: str, value: float | None, low: float, high: float | None, *, low_open: bool = False) -> None:

@@ -21,7 +21,8 @@ def gumbel_noise(keys: Tensor, width: int) -> Tensor:
     """
     columns = torch.arange(width, device=keys.device) * _signed(_GOLDEN)
     bits = _mix_device(keys.unsqueeze(1) + columns)
-    uniform = (((bits >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    # 23 bits and a half are exact in float32; with one bit more the largest would be rounded to 1, its noise infinite.
+    uniform = (((bits >> 41) & 0x7FFFFF).float() + 0.5) * 2.0**-23
     return uniform.log_().neg_().log_().neg_()
 
 

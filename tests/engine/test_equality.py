@@ -11,7 +11,12 @@ from tests.conftest import MakeCheckpoint
 from tests.oracle import hf_generate
 
 FACTORS = {"short_factor": [1.0] * 4 + [1.5] * 4, "long_factor": [2.0] * 4 + [3.0] * 4}
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"factor": 2.0},
     "dynamic": {"factor": 2.0},
@@ -89,7 +94,11 @@ def test_every_architecture(kind: str, checkpoint: MakeCheckpoint, photos: list[
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("limits", LIMITS)
 def test_every_schedule(
-    limits: str, depth: int, checkpoint: MakeCheckpoint, photos: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    limits: str,
+    depth: int,
+    checkpoint: MakeCheckpoint,
+    photos: list[Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = checkpoint(SPECS["gqa"])
     given = prompts(photos, sees=True)

@@ -292,7 +292,12 @@ def prompt_of(parts: Iterable[list[int] | bytes]) -> tuple[list[int], list[Image
 
 
 def make(
-    name: str, *parts: list[int] | bytes, max_tokens: int = 4, priority: int = 0, salt: str = "", **params: Any
+    name: str,
+    *parts: list[int] | bytes,
+    max_tokens: int = 4,
+    priority: int = 0,
+    salt: str = "",
+    **params: Any,
 ) -> EngineRequest:
     """A request whose arrival is its number's: `r3` comes before `r4`. It has no end but its length."""
     tokens, images = prompt_of(parts)
@@ -330,7 +335,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         parts=st.lists(
-            st.sampled_from([[1], [1, 2], [1, 2, 1, 2], [2, 2, 1], b"a", b"b", b"c", b"d"]), min_size=1, max_size=5
+            st.sampled_from([[1], [1, 2], [1, 2, 1, 2], [2, 2, 1], b"a", b"b", b"c", b"d"]),
+            min_size=1,
+            max_size=5,
         ),
         max_tokens=st.integers(1, 8),
         priority=st.sampled_from([0, 0, 0, -1, 1]),
@@ -342,7 +349,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         logprobs=st.sampled_from([None, 0]),
     )
     def add(
-        self, parts: list[list[int] | bytes], max_tokens: int, priority: int, salt: str, min_tokens: int, **params: Any
+        self,
+        parts: list[list[int] | bytes],
+        max_tokens: int,
+        priority: int,
+        salt: str,
+        min_tokens: int,
+        **params: Any,
     ) -> None:
         self.number += 1
         kept = [part for i, part in enumerate(parts) if sum(isinstance(p, bytes) for p in parts[: i + 1]) <= 3]
@@ -399,7 +412,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(derandomize=True, deadline=None, max_examples=100, stateful_step_count=20)
+TestSchedulerMachine.settings = settings(derandomize=True, deadline=None, max_examples=500, stateful_step_count=25)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
