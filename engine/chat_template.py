@@ -12,7 +12,7 @@ from engine.errors import ModelLoadError
 
 _LLAVA_TEMPLATE = Path(__file__).parent.parent / "templates" / "template_llava.jinja"
 _PROBE = "content-style-probe"
-_IMAGE_TYPES = ("image", "image_url")
+IMAGE_TYPES = ("image", "image_url")
 
 
 def find_template(config: EngineConfig, given: str | None, tokenizer: Any) -> str | None:
@@ -44,7 +44,7 @@ def find_template(config: EngineConfig, given: str | None, tokenizer: Any) -> st
 def image_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     """The parts of a message that are images, in order."""
     content = message.get("content")
-    return [part for part in content if part.get("type") in _IMAGE_TYPES] if isinstance(content, list) else []
+    return [part for part in content if part.get("type") in IMAGE_TYPES] if isinstance(content, list) else []
 
 
 class ChatTemplate:
@@ -85,7 +85,7 @@ class ChatTemplate:
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses the messages: {error}") from error
-        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        except Exception as error:  # a template may fail in any way on what it was not written for
             raise ValueError(f"the chat template cannot render the messages: {error}") from error
         return str(rendered)
 
@@ -96,7 +96,7 @@ class ChatTemplate:
         if self._image_token is not None and any(self._image_token in text for text in texts):
             raise ValueError(f"a message holds the text {self._image_token!r}, which stands for an image")
         if self._takes_parts:
-            shown = [{"type": "image"} if part.get("type") in _IMAGE_TYPES else part for part in parts]
+            shown = [{"type": "image"} if part.get("type") in IMAGE_TYPES else part for part in parts]
             return {**message, "content": shown}
         images = f"{self._image_token}\n" * len(image_parts(message))
         return {**message, "content": images + "\n".join(texts)}

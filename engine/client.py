@@ -234,9 +234,9 @@ class AsyncEngine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._process.is_alive():
-            with contextlib.suppress(zmq.ZMQError):
-                await asyncio.wait_for(self._inbox.send_multipart([STOP, b""]), _STOP_SECONDS)
-            await asyncio.to_thread(self._process.join, _STOP_SECONDS)
+            with contextlib.suppress(zmq.Again):  # it does not listen: it still loads, or could not
+                self._send(STOP, None)
+                await asyncio.to_thread(self._process.join, _STOP_SECONDS)
         if self._process.is_alive():
             self._process.kill()
             await asyncio.to_thread(self._process.join)

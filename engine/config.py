@@ -3,7 +3,8 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import AutoConfig
@@ -22,6 +23,15 @@ ARCHITECTURES = {
     "llava": "LlavaForConditionalGeneration",
 }
 _TEXT_TYPES = ("llama", "mistral")
+_KINDS = {
+    bool: "True or False",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    tuple: "a tuple",
+    dict: "a dict",
+}
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -139,6 +149,7 @@ def create_config(args: EngineArgs) -> EngineConfig:
 
 
 def _check(args: EngineArgs) -> None:
+    _check_types(args)
     for flag in EngineArgs.flags():
         value, choices = getattr(args, flag.name), flag.metadata["choices"]
         if choices and value is not None and value not in choices:
@@ -147,7 +158,7 @@ def _check(args: EngineArgs) -> None:
                 "num_gpu_blocks_override", "kv_cache_memory_bytes", "tensor_parallel_size")  # fmt: skip
     for name in positive:
         value = getattr(args, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if value is not None and value < 1:
             raise ValueError(f"{_name(name)} is {value}: it must be an integer of at least 1")
     if args.max_num_queued_reqs < 0:
         raise ValueError(f"--max-num-queued-reqs is {args.max_num_queued_reqs}: it must be at least 0")
@@ -169,6 +180,18 @@ def _check(args: EngineArgs) -> None:
         raise ValueError("--disable-image-processor and --image-processor exclude each other")
     if args.image_processor_revision is not None and args.image_processor is None:
         raise ValueError("--image-processor-revision needs --image-processor")
+
+
+def _check_types(args: EngineArgs) -> None:
+    """`LLM` passes on what its caller gave, of whatever type."""
+    for name, hint in get_type_hints(EngineArgs).items():
+        value = getattr(args, name)
+        kinds = {get_origin(kind) or kind for kind in get_args(hint) or (hint,)}
+        also = {float: int, tuple: list}
+        accepted = kinds | {also[kind] for kind in kinds & also.keys()}
+        if not isinstance(value, tuple(accepted)) or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join(sorted(_KINDS[kind] for kind in kinds - {NoneType}))
+            raise ValueError(f"{_name(name)} is {value!r}: it must be {wanted}")
 
 
 def _name(name: str) -> str:

@@ -70,6 +70,10 @@ class InputProcessor:
         most = self.max_model_len * self._longest_token
         if len(text) > most:
             raise ValueError(f"the prompt has {len(text)} characters: the context cannot hold more than {most}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # the tokenizer would say that this is no string
+            raise ValueError(f"the prompt holds half a surrogate pair at character {error.start}") from None
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         bos = self.tokenizer.bos_token_id
         if add_special_tokens and bos is not None and ids[:2] == [bos, bos]:
@@ -250,7 +254,11 @@ def _tensor(image: npt.NDArray[Any] | torch.Tensor, vision: VisionConfig) -> Pre
 
 
 def _to_float32(value: Any) -> npt.NDArray[np.float32]:
-    tensor = torch.as_tensor(value)
+    try:
+        # Torch takes neither negative strides nor what nobody may write to.
+        tensor = torch.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"an image is a {type(value).__name__}: it must be a float tensor or array") from None
     if not tensor.is_floating_point():
         raise ValueError(f"an image tensor is of {tensor.dtype}: it must be a float type")
     return np.ascontiguousarray(tensor.detach().to("cpu", torch.float32).numpy())

@@ -1,9 +1,12 @@
 """Offline batches: the engine in this process."""
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any, Self
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from engine.args import EngineArgs
@@ -13,7 +16,7 @@ from engine.core.engine_core import EngineCore
 from engine.input_processor import InputProcessor, ProcessedPrompt
 from engine.messages import EngineRequest
 from engine.multimodal import ImageFeatureData, ImagePixelData
-from engine.offline_images import images_of_messages
+from engine.offline_images import check_messages, images_of_messages
 from engine.output_processor import OutputProcessor
 from engine.outputs import CompletionOutput, Delta, Logprob, RequestOutput, TokenLogprobs
 from engine.sampling_params import SamplingParams
@@ -35,12 +38,13 @@ class LLM:
         ModelLoadError: the checkpoint cannot be found, read or served.
     """
 
-    def __init__(self, model: str, **kwargs: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str], **kwargs: Any) -> None:
         known = {flag.name for flag in EngineArgs.flags()}
         unknown = sorted(kwargs.keys() - known)
         if unknown:
             raise ValueError(f"LLM takes no argument {unknown[0]!r}: it takes {', '.join(sorted(known))}")
-        self.config = create_config(EngineArgs(model=model, **kwargs))
+        name: Any = os.fspath(model) if isinstance(model, os.PathLike) else model
+        self.config = create_config(EngineArgs(model=name, **kwargs))
         self._core = EngineCore(self.config)
         self._inputs = InputProcessor(self.config, self._core.max_model_len)
         self._outputs = OutputProcessor(self._inputs.tokenizer)
@@ -63,7 +67,9 @@ class LLM:
         Raises:
             ValueError: a prompt or parameter is wrong; nothing has run then.
         """
-        prompts = [inputs] if isinstance(inputs, str | dict) else list(inputs)
+        if not isinstance(inputs, str | dict | list | tuple):
+            raise ValueError(f"inputs is a {type(inputs).__name__}: it must be a prompt or a list of prompts")
+        prompts = [inputs] if isinstance(inputs, str | dict) else inputs
         return self._run([self._process(prompt) for prompt in prompts], sampling_params, use_tqdm)
 
     def chat(
@@ -81,7 +87,10 @@ class LLM:
         Images are parts `{"type": "image_url", "image_url": {"url": …}}` (http, data or a local path), or
         `{"type": "image", "image": …}` with a path or a PIL image. Other arguments and errors as in `generate`.
         """
-        conversations = [messages] if not messages or isinstance(messages[0], dict) else list(messages)
+        many = isinstance(messages, list | tuple) and messages and not isinstance(messages[0], dict)
+        conversations = messages if many else [messages]
+        for conversation in conversations:
+            check_messages(conversation)
         tokenizer = self._inputs.tokenizer
         found = find_template(self.config, chat_template, tokenizer)
         template = ChatTemplate(tokenizer, found, self._inputs.image_token)
@@ -107,6 +116,8 @@ class LLM:
     def _process(self, prompt: Prompt) -> ProcessedPrompt:
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
+        if not isinstance(prompt, dict):
+            raise ValueError(f"a prompt is a {type(prompt).__name__}: it must be a string or a dict")
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         unknown = sorted(prompt.keys() - {"prompt", "prompt_token_ids", "multi_modal_data"})
         if unknown:
@@ -116,6 +127,10 @@ class LLM:
             if not isinstance(text, str):
                 raise ValueError("a prompt needs `prompt` (a string) or `prompt_token_ids`")
             ids = self._inputs.encode(text)
+        elif isinstance(ids, np.ndarray | torch.Tensor):
+            ids = ids.tolist()
+        if not isinstance(ids, list | tuple):
+            raise ValueError(f"prompt_token_ids is a {type(ids).__name__}: it must be a list of integers")
         images = [self._inputs.prepare_image(image) for image in _images(prompt.get("multi_modal_data"))]
         return self._inputs.process(list(ids), images, text=text)
 
@@ -129,6 +144,7 @@ class LLM:
         self._num_calls += 1
         results: dict[str, tuple[RequestOutput, int]] = {}
         requests: list[EngineRequest] = []
+        groups: list[list[EngineRequest]] = []
         outputs = []
         for number, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
             name = f"{self._num_calls}-{number}"
@@ -136,8 +152,10 @@ class LLM:
             answers = [CompletionOutput(index) for index in range(len(made))]
             outputs.append(RequestOutput(name, prompt.text, prompt.token_ids, answers, finished=False))
             results |= {request.request_id: (outputs[-1], index) for index, request in enumerate(made)}
-            self._outputs.add(made)
+            groups.append(made)
             requests += made
+        for made in groups:  # now that no request can be refused any more
+            self._outputs.add(made)
         try:
             self._drive(requests, results, use_tqdm)
         except BaseException:  # an interrupt too must not leave requests behind for the next call
@@ -162,6 +180,8 @@ class LLM:
             return [self._inputs.default_params() for _ in range(count)]
         if isinstance(given, SamplingParams):
             return [given] * count
+        if not isinstance(given, list | tuple) or not all(isinstance(one, SamplingParams) for one in given):
+            raise ValueError("sampling_params must be SamplingParams or a list of them")
         if len(given) != count:
             raise ValueError(f"{count} prompts were given, but {len(given)} sampling parameters")
         return list(given)

@@ -1,20 +1,46 @@
 """Images of offline conversations. The user of `LLM` is trusted: files and addresses are taken as they are given."""
 
 import base64
-import binascii
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import httpx
 from PIL import Image
 
-from engine.chat_template import image_parts
+from engine.chat_template import IMAGE_TYPES, image_parts
 from engine.image_decode import decode_image
 
 _MAX_PIXELS = 178_956_970
 """As many as Pillow itself takes without complaint."""
+
+
+def check_messages(messages: Any) -> None:
+    """Refuse what is no conversation.
+
+    Raises:
+        ValueError: something is not of the type that it must have; the message says where.
+    """
+    if not isinstance(messages, list | tuple):
+        raise ValueError(f"a conversation is a {type(messages).__name__}: it must be a list of messages")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError("a message must be a dict with a `role`")
+        content = message.get("content")
+        if content is None or isinstance(content, str):
+            continue
+        if not isinstance(content, list | tuple):
+            raise ValueError(
+                f"a message's content is a {type(content).__name__}: it must be a string or a list of parts"
+            )
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind not in ("text", *IMAGE_TYPES):
+                raise ValueError(f"a part of a message has the type {kind!r}: text, image_url and image are known")
+            if kind == "text" and not isinstance(part.get("text"), str):
+                raise ValueError("a part of the type text must have a string under `text`")
 
 
 def images_of_messages(messages: Sequence[dict[str, Any]]) -> list[Image.Image]:
@@ -63,6 +89,9 @@ def _read(source: str) -> bytes:
             return response.raise_for_status().content
         if scheme == "data":
             return base64.b64decode(source.partition(",")[2], validate=True)
-        return Path(source.removeprefix("file://")).read_bytes()
-    except (OSError, httpx.HTTPError, httpx.InvalidURL, binascii.Error) as error:
-        raise ValueError(f"the image {source[:100]} cannot be read: {error}") from error
+        if scheme == "file":
+            source = unquote(urlsplit(source).path)
+        return Path(source).read_bytes()
+    except (OSError, httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"the image {source[:100]} cannot be read: {reason}") from error

@@ -198,6 +198,10 @@ class ModelRunner:
             available = self._free_gpu_bytes() if self.device.type == "cuda" else _free_cpu_bytes()
         most = config.max_num_seqs * -(-config.max_model_len // config.block_size)
         num_blocks = min(available // block_bytes, most)
+        if num_blocks < 1 and config.kv_cache_memory_bytes is not None:
+            raise ModelLoadError(
+                f"--kv-cache-memory-bytes is {config.kv_cache_memory_bytes}: one cache block takes {block_bytes}"
+            )
         if num_blocks < 1:
             raise ModelLoadError(
                 "no memory is left for the KV cache: raise --gpu-memory-utilization, or lower --max-num-batched-tokens"

@@ -1,5 +1,8 @@
 """Greedy float32 output equals Hugging Face's `generate`, token for token, however requests are scheduled."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +34,7 @@ SPECS = {
     "biases": CheckpointSpec(seed=21, attention_bias=True, mlp_bias=True, projector_bias=False),
     "feature layers": CheckpointSpec(seed=5, vision_feature_layer=(0, -2, 1), vision_feature_select_strategy="full"),
     "last layer": CheckpointSpec(seed=6, vision_feature_layer=-1),
+    "several layers": CheckpointSpec(seed=14, vision_feature_layer=(-2, -1, 1)),
     "mistral": CheckpointSpec(seed=7, text_model="mistral", num_key_value_heads=2, sliding_window=24),
     "head size": CheckpointSpec(seed=8, head_dim=32),
     "new layout": CheckpointSpec(seed=9, layout="new", shards=3),
@@ -50,9 +54,12 @@ LIMITS: dict[str, dict[str, Any]] = {
     "few blocks": {"num_gpu_blocks_override": 24, "max_num_seqs": 16},
     "few blocks and tiny chunks": {"num_gpu_blocks_override": 20, "max_num_batched_tokens": 40},
     "no prefix cache": {"enable_prefix_caching": False},
+    "large blocks": {"block_size": 32},
 }
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 TURN = "What is number {}? "
+Key = tuple[Path, tuple[int, ...], tuple[bytes, ...]]
+_known: dict[Key, list[int]] = {}
 
 
 def prompts(photos: list[Image.Image], *, sees: bool, count: int = 24) -> list[dict[str, Any]]:
@@ -72,13 +79,21 @@ def prompts(photos: list[Image.Image], *, sees: bool, count: int = 24) -> list[d
     return made
 
 
-def check(llm: LLM, folder: Any, given: list[dict[str, Any]], *, together: bool = True) -> list[int]:
+def reference(folder: Path, ids: list[int], images: list[Image.Image]) -> list[int]:
+    """What Hugging Face generates; asked once for each prompt."""
+    key = folder, tuple(ids), tuple(image.tobytes() for image in images)
+    if key not in _known:
+        _known[key] = hf_generate(folder, ids, images, 20)
+    return _known[key]
+
+
+def check(llm: LLM, folder: Path, given: list[dict[str, Any]], *, together: bool = True) -> list[int]:
     """Compare with the oracle; returns how many prompt tokens each request found cached."""
     batches = [given] if together else [[prompt] for prompt in given]
     outputs = [output for batch in batches for output in llm.generate(batch, GREEDY, use_tqdm=False)]
     for prompt, output in zip(given, outputs, strict=True):
-        expected = hf_generate(folder, output.prompt_token_ids, prompt["multi_modal_data"]["image"], 20)
-        assert output.outputs[0].token_ids == expected
+        images = prompt.get("multi_modal_data", {}).get("image", [])
+        assert output.outputs[0].token_ids == reference(folder, output.prompt_token_ids, images)
     llm._core.check_integrity()
     return [output.num_cached_tokens for output in outputs]
 
@@ -116,13 +131,77 @@ def test_one_at_a_time(checkpoint: MakeCheckpoint, photos: list[Image.Image]) ->
     check(LLM(str(folder), dtype="float32", device="cpu"), folder, prompts(photos, sees=True), together=False)
 
 
-def test_longrope_changes_tables_while_it_generates(checkpoint: MakeCheckpoint, photos: list[Image.Image]) -> None:
+def counting(lengths: range) -> list[dict[str, Any]]:
+    """Prompts of these lengths that begin alike."""
+    return [{"prompt_token_ids": [1, *range(300, 299 + length)]} for length in lengths]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("limits", LIMITS)
+def test_longrope_changes_tables_while_it_generates(
+    limits: str, depth: int, checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Below 60 tokens at first, above at the end; or above from the start. Asked twice, for cache hits."""
     folder = checkpoint(SPECS["rope longrope"])
-    given = [
-        {"prompt_token_ids": [1, *range(300, 300 + length)], "multi_modal_data": {"image": []}}
-        for length in range(25, 75, 3)
-    ]
-    llm = LLM(str(folder), dtype="float32", device="cpu")
+    given = counting(range(38, 62, 2)) + counting(range(59, 75, 3))
+    tight = {"num_gpu_blocks_override": 10} if limits.startswith("few blocks") else {}
+    llm = LLM(str(folder), dtype="float32", device="cpu", **(LIMITS[limits] | tight))
+    monkeypatch.setattr(llm._core, "_depth", depth)
     check(llm, folder, given)
-    assert max(check(llm, folder, given)) > 0
+    cached = check(llm, folder, given)
+    assert (max(cached) > 0) == (limits != "no prefix cache")
+    assert (llm._core.scheduler.num_preemptions > 0) == limits.startswith("few blocks")
+
+
+@pytest.mark.parametrize("budget", [2048, 7])
+@pytest.mark.parametrize("kind", ["gqa", "mistral", "feature layers"])
+def test_images_side_by_side_and_twice(
+    kind: str, budget: int, checkpoint: MakeCheckpoint, photos: list[Image.Image]
+) -> None:
+    folder = checkpoint(SPECS[kind])
+    a, b = photos
+    shown = [("<image><image>What?", [a, b]), ("<image><image>What?", [b, a]), ("<image><image>", [a, a])]
+    shown += [("What?<image>And<image><image>", [a, b, a]), ("<image>", [b]), ("What?<image>", [b])]
+    given = [{"prompt": text, "multi_modal_data": {"image": images}} for text, images in shown]
+    llm = LLM(str(folder), dtype="float32", device="cpu", max_num_batched_tokens=budget)
+    check(llm, folder, given)
+    check(llm, folder, given, together=False)
+
+
+@pytest.mark.parametrize("kind", ["llava", "llama", "mistral"])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        {"type": "linear", "factor": 2.0},
+        {"type": "dynamic", "factor": 2.0},
+        {"type": "longrope", "original_max_position_embeddings": 60, **FACTORS},
+        {"rope_type": "llama3", **LLAMA3},
+    ],
+    ids=lambda scaling: "default" if scaling is None else next(iter(scaling.values())),
+)
+def test_rope_as_old_configurations_state_it(
+    scaling: dict[str, Any] | None, kind: Any, checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """`rope_theta` and `rope_scaling` beside each other, as all checkpoints have them that exist."""
+    folder = tmp_path / "old"
+    shutil.copytree(checkpoint(CheckpointSpec(seed=15, kind=kind)), folder)
+    config = json.loads((folder / "config.json").read_text())
+    text = config.get("text_config", config)
+    del text["rope_parameters"]
+    text |= {"rope_theta": 5000.0, "rope_scaling": scaling}
+    if scaling is not None and "original_max_position_embeddings" in scaling:
+        text["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    check(LLM(str(folder), dtype="float32", device="cpu"), folder, counting(range(5, 90, 40)))
+
+
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "linear"}, {"rope_type": "yarn", "original_max_position_embeddings": 64}]
+)
+def test_beyond_the_length_of_training(rope: dict[str, Any], checkpoint: MakeCheckpoint) -> None:
+    parameters = {"rope_theta": 10000.0, "factor": 4.0, **rope}
+    folder = checkpoint(CheckpointSpec(seed=16, max_position_embeddings=64, rope_parameters=parameters))
+    llm = LLM(str(folder), dtype="float32", device="cpu")
+    assert llm.config.max_model_len == 256
+    check(llm, folder, counting(range(30, 237, 40)))

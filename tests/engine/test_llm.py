@@ -1,7 +1,12 @@
 """The offline class: section 3 of the interface."""
 
 import base64
+import http.server
+import json
+import shutil
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +112,24 @@ def test_features_need_no_tower(folder: Path, llm: LLM, photos: list[Image.Image
         ({"prompt": "<image>"}, "1 image .*0 images"),
         ({"prompt": "<image>", "multi_modal_data": {"video": "PHOTO"}}, "multi_modal_data"),
         ({"prompt": "<image>", "multi_modal_data": {"image": "a string"}}, "str"),
-        ({"prompt": "<image>", "multi_modal_data": {"image": torch.zeros(3, 56, 56)}}, r"\(3, 56, 56\).*\(1, 3, 56, 56\)"),
+        ({"prompt": "<image>", "multi_modal_data": {"image": torch.zeros(3, 56, 56)}}, r"\(3, 56, 56\).*\(1, 3, 56"),
         ({"prompt": "<image>", "multi_modal_data": {"image": np.zeros((4, 4), np.uint8)}}, r"\(4, 4\)"),
         ({"prompt": "<image>", "multi_modal_data": ImageFeatureData(torch.zeros(1, 16, 32))}, "ImagePixelData"),
         ({"prompt_token_ids": [1, 5000]}, "5000"),
         ({"prompt_token_ids": []}, "empty"),
         ({"prompt": "x", "promt": "y"}, "promt"),
         ({}, "prompt"),
+        (5, "a prompt is a int"),
+        (None, "a prompt is a NoneType"),
+        ({"prompt": 5}, "needs `prompt`"),
+        ({"prompt_token_ids": "12"}, "prompt_token_ids is a str"),
+        ({"prompt_token_ids": 12}, "prompt_token_ids is a int"),
+        ({"prompt_token_ids": [1, True]}, "True"),
+        ("half of \ud83d", "surrogate pair at character 8"),
+        ({"prompt": "<image>", "multi_modal_data": "PHOTO"}, "multi_modal_data"),
+        ({"prompt": "<image>", "multi_modal_data": {"image": np.array([None])}}, "ndarray"),
+        ({"prompt": "<image>", "multi_modal_data": ImagePixelData(torch.zeros(1, 3, 56, 56).int())}, "int32.*float"),
+        ({"prompt": "<image>", "multi_modal_data": {"image": np.zeros((2, 3, 56, 56))}}, r"\(2, 3, 56, 56\)"),
         ("word " * 300, "context is 256"),
     ],
 )  # fmt: skip
@@ -266,8 +282,8 @@ def test_image_limits_and_disabled_processor(folder: Path, photos: list[Image.Im
     llm = LLM(
         str(folder), limit_mm_per_prompt={"image": 1}, disable_image_processor=True, dtype="float32", device="cpu"
     )
+    values = pixel_values(folder, photos)
     with pytest.raises(ValueError, match=r"2 images: at most 1"):
-        values = pixel_values(folder, photos)
         llm.generate({"prompt": "<image><image>", "multi_modal_data": {"image": [values[:1], values[1:]]}})
     with pytest.raises(ValueError, match="image processor is disabled"):
         llm.generate({"prompt": QUESTION, "multi_modal_data": {"image": photos[0]}})
@@ -281,3 +297,265 @@ def test_context_shrinks_to_the_cache(folder: Path) -> None:
     assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 64
     with pytest.raises(ValueError, match="context is 64"):
         llm.generate({"prompt_token_ids": [1] * 64})
+
+
+@pytest.mark.parametrize("inputs", [None, 5, {"a", "b"}])
+def test_inputs_that_are_no_list(llm: LLM, inputs: Any) -> None:
+    with pytest.raises(ValueError, match="it must be a prompt or a list of prompts"):
+        llm.generate(inputs, GREEDY)
+
+
+def test_no_prompts(llm: LLM) -> None:
+    assert llm.generate([], GREEDY) == []
+    assert llm.generate([], []) == []
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, [{"temperature": 0}], "greedy", [None]])
+def test_parameters_of_another_type(llm: LLM, params: Any) -> None:
+    with pytest.raises(ValueError, match="must be SamplingParams or a list of them"):
+        llm.generate(["Hello"], params)
+
+
+def test_refused_parameters_leave_nothing_behind(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="stop_token_ids holds 9999"):
+        llm.generate(["Hello", "You"], [GREEDY, SamplingParams(stop_token_ids=[9999])])
+    assert not llm._core.has_work
+    assert not llm._outputs._answers
+
+
+def test_interrupt_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, left = llm._core.step, iter(range(3))
+
+    def interrupted() -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return step()
+
+    expected = llm.generate(["Hello", "You"], GREEDY)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._core, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["Hello", "You", "They"], GREEDY)
+    assert not llm._core.has_work
+    assert not llm._outputs._answers
+    llm._core.check_integrity()
+    assert tokens(llm.generate(["Hello", "You"], GREEDY)) == tokens(expected)
+
+
+def test_failing_step_is_an_error_and_the_next_call_works(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._core.runner, "execute", fail)
+        with pytest.raises(RuntimeError, match="the GPU ran out of memory"):
+            llm.generate(["Hello", "You"], GREEDY)
+    assert not llm._core.has_work
+    assert not llm._outputs._answers
+    llm._core.check_integrity()
+    assert llm.generate("Hello", GREEDY)[0].finished
+
+
+def test_token_ids_as_arrays(llm: LLM) -> None:
+    ids = [1, 300, 301]
+    forms: list[Any] = [ids, tuple(ids), np.array(ids), torch.tensor(ids)]
+    outputs = llm.generate([{"prompt_token_ids": form} for form in forms], GREEDY)
+    assert tokens(outputs) == [tokens(outputs)[0]] * 4
+    assert [output.prompt_token_ids for output in outputs] == [ids] * 4
+
+
+def test_arrays_of_any_memory_layout(llm: LLM, folder: Path, photos: list[Image.Image]) -> None:
+    values = pixel_values(folder, photos[:1]).numpy()
+    mirrored = np.ascontiguousarray(values[..., ::-1])
+    frozen = values.copy()
+    frozen.flags.writeable = False
+    forms: list[Any] = [values, mirrored[..., ::-1], frozen, np.asfortranarray(values), torch.from_numpy(values.copy())]
+    forms.append(torch.from_numpy(values.copy()).requires_grad_())
+    outputs = llm.generate([{"prompt": QUESTION, "multi_modal_data": {"image": form}} for form in forms], GREEDY)
+    assert tokens(outputs) == [tokens(outputs)[0]] * len(forms)
+    levels = np.asarray(photos[0])
+    turned = [np.ascontiguousarray(levels[::-1])[::-1], np.asfortranarray(levels), Image.fromarray(levels)]
+    outputs = llm.generate([{"prompt": QUESTION, "multi_modal_data": {"image": form}} for form in turned], GREEDY)
+    assert tokens(outputs) == [tokens(outputs)[0]] * 3
+
+
+def test_sampling_defaults_of_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    file = copy / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.0}))
+    llm = LLM(copy, dtype="float32", device="cpu")
+    found, again = (tokens(llm.generate("Hello", use_tqdm=False)) for _ in range(2))
+    assert found == again == tokens(llm.generate("Hello", SamplingParams(temperature=0), use_tqdm=False))
+    assert len(found[0]) == 16
+
+
+def test_seeds_of_the_engine(folder: Path) -> None:
+    free = SamplingParams(temperature=1.0, max_tokens=10)
+    texts = ["Hello", "Hello", "You"]
+    made = [LLM(folder, dtype="float32", device="cpu", seed=seed) for seed in (1, 1, 2)]
+    found = [tokens(llm.generate(texts, free, use_tqdm=False)) for llm in made]
+    assert found[0] == found[1] != found[2]
+    assert found[0][0] != found[0][1]
+
+
+@pytest.mark.parametrize("budget", [2048, 7])
+def test_features_of_several_layers(budget: int, checkpoint: MakeCheckpoint, photos: list[Image.Image]) -> None:
+    spec = CheckpointSpec(seed=5, vision_feature_layer=(-2, 1), vision_feature_select_strategy="full")
+    folder = checkpoint(spec)
+    with torch.inference_mode():
+        tower = hf_model(folder).model.vision_tower
+        states = tower(pixel_values(folder, photos), output_hidden_states=True).hidden_states
+    features = torch.cat([states[-2], states[1]], dim=-1)
+    llm = LLM(folder, image_input_type="image_features", dtype="float32", device="cpu", max_num_batched_tokens=budget)
+    given = [ImageFeatureData(features[:1]), ImageFeatureData(features[1:])]
+    prompt = {"prompt": "USER: <image><image>\nWhat? ASSISTANT:", "multi_modal_data": {"image": given}}
+    outputs = [llm.generate(prompt, GREEDY, use_tqdm=False)[0] for _ in range(2)]
+    expected = hf_generate(folder, outputs[0].prompt_token_ids, photos, 12)
+    assert tokens(outputs) == [expected, expected]
+    assert [output.num_cached_tokens > 0 for output in outputs] == [False, True]
+    with pytest.raises(ValueError, match=r"\(1, 17, 32\).*\(1, 17, 64\)"):
+        llm.generate({"prompt": "<image>", "multi_modal_data": ImageFeatureData(features[:1, :, :32])})
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("Hello", "a conversation is a str"),
+        ({"role": "user", "content": "Hello"}, "a conversation is a dict"),
+        ([], "empty conversation"),
+        ([[]], "empty conversation"),
+        ([[{"role": "user", "content": "Hello"}], 5], "a conversation is a int"),
+        ([{"role": "user", "content": "Hello"}, 5], "must be a dict with a `role`"),
+        ([{"content": "Hello"}], "must be a dict with a `role`"),
+        ([{"role": "user", "content": 5}], "content is a int"),
+        ([{"role": "user", "content": ["Hello"]}], "type None"),
+        ([{"role": "user", "content": [{"type": "video", "video": "x"}]}], "type 'video'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "string under `text`"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "string under `text`"),
+        ([{"role": "user", "content": "<image>"}], "<image>"),
+    ],
+)
+def test_malformed_conversations(llm: LLM, messages: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm.chat(messages, GREEDY)
+    assert not llm._core.has_work
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "NoneType: it must be a URL, a path or a PIL image"),
+        (np.zeros((4, 4, 3), np.uint8), "ndarray: it must be a URL"),
+        ("data:image/png;base64,@@@", "data:image/png;base64,@@@ cannot be read"),
+        ("data:image/png;base64,aGVsbG8=", "not JPEG, PNG"),
+        ("data:image/png,hello", "cannot be read"),
+        ("http://127.0.0.1:9/photo.jpg", "cannot be read"),
+        ("http://", "cannot be read"),
+        ("/no/such\0file", "cannot be read"),
+        ("/", "/ cannot be read"),
+        ("A" * 100_000, "A{100} cannot be read: File name too long$"),
+    ],
+)
+def test_sources_that_cannot_be_read(llm: LLM, source: Any, message: str) -> None:
+    part = {"type": "image_url", "image_url": {"url": source}}
+    with pytest.raises(ValueError, match=message) as caught:
+        llm.chat([{"role": "user", "content": [part]}], GREEDY)
+    assert len(str(caught.value)) < 400
+    assert not llm._core.has_work
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("/no/such/file", "neither a template nor a readable file"),
+        ("{{ broken( }}", "refuses the messages"),
+        ("{{ raise_exception('only users') }}", "refuses the messages: only users"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ 1 / 0 }}", "cannot render the messages: division by zero"),
+        ("{{ messages[9]['role'] }}", "has no element 9"),
+    ],
+)
+def test_templates_that_fail(llm: LLM, template: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm.chat([{"role": "user", "content": "Hello"}], GREEDY, chat_template=template)
+
+
+def test_template_and_its_arguments(llm: LLM, tmp_path: Path) -> None:
+    template = "{{ tone }}:{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    (tmp_path / "mine.jinja").write_text(template)
+    for given in (template, str(tmp_path / "mine.jinja")):
+        arguments: dict[str, Any] = {"chat_template": given, "chat_template_kwargs": {"tone": "kind"}}
+        message = {"role": "user", "content": "Hello"}
+        assert llm.chat([message], GREEDY, **arguments)[0].prompt == "kind:Hello>"
+        assert llm.chat([message], GREEDY, add_generation_prompt=False, **arguments)[0].prompt == "kind:Hello"
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/china.jpg")
+            self.end_headers()
+        else:
+            super().do_GET()
+
+
+@pytest.fixture
+def web(photo_files: list[Path]) -> Iterator[str]:
+    handler = partial(_Handler, directory=str(photo_files[0].parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_chat_with_images_of_a_server(llm: LLM, web: str, photos: list[Image.Image], photo_files: list[Path]) -> None:
+    def question(*sources: Any) -> list[dict[str, Any]]:
+        shown = [{"type": "image_url", "image_url": {"url": source}} for source in sources]
+        return [{"role": "user", "content": [*shown, {"type": "text", "text": "What is it?"}]}]
+
+    china, flower = (f"{web}/{file.name}" for file in photo_files)
+    outputs = llm.chat([question(china, flower), question(flower, china), question(f"{web}/moved", flower)], GREEDY)
+    files = llm.chat(question(*photo_files), GREEDY)
+    first, second, moved = tokens(outputs)
+    assert [first] == tokens(files) == [moved]
+    assert first != second
+    with pytest.raises(ValueError, match="404"):
+        llm.chat(question(f"{web}/none.jpg"))
+
+
+def test_file_address_with_escapes(llm: LLM, photo_files: list[Path], tmp_path: Path) -> None:
+    odd = tmp_path / "a photo, 50% #1.jpg"
+    shutil.copy(photo_files[0], odd)
+    sources = [odd.as_uri(), str(odd), odd]
+    outputs = llm.chat(
+        [[{"role": "user", "content": [{"type": "image", "image": source}]}] for source in sources], GREEDY
+    )
+    assert tokens(outputs) == [tokens(outputs)[0]] * 3
+
+
+def test_images_of_several_turns_keep_their_order(llm: LLM, folder: Path, photos: list[Image.Image]) -> None:
+    first, second = ({"type": "image", "image": photo} for photo in photos)
+    output = llm.chat(
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "What is it?"}, second]},
+            {"role": "assistant", "content": "A flower."},
+            {"role": "user", "content": [first, {"type": "text", "text": "And this?"}]},
+        ],
+        GREEDY,
+    )[0]
+    assert output.prompt_token_ids.count(700) == 2 * SIZE
+    assert output.outputs[0].token_ids == hf_generate(folder, output.prompt_token_ids, photos[::-1], 12)
+
+
+def test_closed_engine_frees_its_model(folder: Path) -> None:
+    with LLM(folder, dtype="float32", device="cpu") as llm:
+        assert llm.generate("Hello", GREEDY)[0].finished
+    assert not hasattr(llm, "_core")

@@ -107,7 +107,7 @@ class Server:
         except subprocess.TimeoutExpired:
             self.kill(children)
             raise AssertionError(f"the server did not end in {seconds:g} s: {self.stderr}") from None
-        _, alive = psutil.wait_procs(children, timeout=5)
+        alive = _still_running(children, 5)
         self.kill(alive)
         assert not alive, f"children are left: {alive}"
         assert found == status if status is not None else found != 0, f"exit status {found}: {self.stderr}"
@@ -158,6 +158,21 @@ class Server:
                 return value
             assert time.monotonic() < end, f"{name} is still {value:g}"
             time.sleep(0.02)
+
+
+def _still_running(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that still run after at most so many seconds; what only waits to be reaped by init does not run."""
+    end = time.monotonic() + seconds
+    while (alive := [process for process in processes if _runs(process)]) and time.monotonic() < end:
+        time.sleep(0.02)
+    return alive
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def data_url(file: Path) -> str:

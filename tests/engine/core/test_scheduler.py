@@ -207,7 +207,9 @@ class Engine:
         del self.sources[name]
 
     def launch(self) -> SchedulerOutput:
+        preemptions = self.scheduler.num_preemptions
         step = self.scheduler.schedule()
+        assert preemptions == self.scheduler.num_preemptions or not step.new_requests
         if step.requests:
             self.num_evicted += len(step.freed_images)
             self.launched.append((step, *self.worker.execute(step)))
@@ -633,10 +635,12 @@ def test_image_that_must_wait_splits_the_prompt() -> None:
 
 
 def test_image_that_comes_again_is_not_kept_for_that() -> None:
-    engine = Engine(num_blocks=32, encoder_capacity=7, encoder_budget=4, max_num_seqs=2, prefix_caching=False)
+    engine = Engine(encoder_capacity=4)
+    engine.add(make("r0", b"b", b"a", b"b"))  # 3, 2 and 3 tokens
+    engine.run(depth=2)
+    engine = Engine(num_blocks=32, encoder_capacity=6, max_num_batched_tokens=6)
     engine.add(make("r0", b"b", b"c", b"b"))
-    engine.add(make("r1", b"c", b"b", b"c"))
-    engine.add(make("r2", b"b", b"a", b"c", b"b"))
+    engine.add(make("r1", b"d", b"c", b"d"))
     engine.run(depth=2)
 
 

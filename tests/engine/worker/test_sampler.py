@@ -305,6 +305,17 @@ def test_distribution(params: dict[str, Any]) -> None:
     assert chi < degrees + 4.5 * math.sqrt(2 * degrees)
 
 
+def test_bad_word_does_not_begin_in_the_prompt() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 5] = 1
+    params = SamplingParams(temperature=0, bad_words_token_ids=[[7, 5], [8, 7, 5]])
+    assert once(logits, Row(params, [8, 7])) == [5]
+    assert once(logits, Row(params, [8], [7])) == [0]
+    only_long = SamplingParams(temperature=0, bad_words_token_ids=[[8, 7, 5]])
+    assert once(logits, Row(only_long, [8], [7])) == [5]
+    assert once(logits, Row(only_long, [1], [8, 7])) == [0]
+
+
 def test_logprobs_and_ranks() -> None:
     logits = random_logits(5, 9)
     taken = torch.tensor([0, 3, 5, int(logits[3].argmax()), int(logits[4].argmin())])

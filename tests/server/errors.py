@@ -1,0 +1,34 @@
+"""What every error must look like."""
+
+from typing import Any
+
+import httpx
+
+_TYPES = {401: "authentication_error", 404: "not_found_error", 503: "service_unavailable_error"}
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error of an answer, its form checked."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert list(body) == ["error"]
+    error: dict[str, Any] = body["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str) and error["message"]
+    assert error["type"] == _TYPES.get(status, "invalid_request_error")
+    assert all(error[key] is None or isinstance(error[key], str) for key in ("param", "code"))
+    leaks = [
+        text for text in ("Traceback", " at 0x", '.py"', "object at 0x", "/work/", "/tmp/") if text in response.text
+    ]
+    assert not leaks, response.text
+    return error
+
+
+def check_error(response: httpx.Response, param: str | None, *words: object, status: int = 400) -> dict[str, Any]:
+    """An error about `param` whose message holds each of the words."""
+    error = error_of(response, status)
+    assert error["param"] == param, error
+    for word in words:
+        assert str(word) in error["message"], error
+    return error
