@@ -24,7 +24,7 @@ def find_template(config: EngineConfig, given: str | None, tokenizer: Any) -> st
         ModelLoadError: the checkpoint's template cannot be read.
     """
     if given is not None:
-        return _read_given(given)
+        return read_template(given)
     file = config.model_path / "chat_template.jinja"
     try:
         if file.is_file():
@@ -119,7 +119,8 @@ class ChatTemplate:
         return shown and _PROBE in rendered and "'type'" not in rendered
 
 
-def _read_given(given: str) -> str:
+def read_template(given: str) -> str:
+    """A template that is given as such or as a file; `ValueError` when it is neither."""
     if "{" in given:
         return given
     try:

@@ -20,7 +20,7 @@ import zmq.asyncio
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, ModelLoadError, QueueFullError
 from engine.input_processor import InputProcessor, ProcessedPrompt
-from engine.messages import EngineOutputs, EngineReady, EngineRequest, SchedulerStats
+from engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineRequest, SchedulerStats
 from engine.output_processor import OutputProcessor
 from engine.outputs import Delta
 from engine.process import ABORT, ADD, FAILED, OUTPUTS, STOP, run_engine
@@ -137,7 +137,9 @@ class AsyncEngine:
             await engine.stop()
             raise
         engine._outputs = OutputProcessor(engine.inputs.tokenizer)
-        engine._tasks.append(asyncio.create_task(engine._receive()))
+        receiving = asyncio.create_task(engine._receive())
+        receiving.add_done_callback(engine._stopped_receiving)
+        engine._tasks.append(receiving)
         return engine
 
     @property
@@ -266,6 +268,7 @@ class AsyncEngine:
         kind, payload = await self._outbox.recv_multipart()
         if kind == FAILED:
             raise ModelLoadError(payload.decode())
+        await self._inbox.poll(int(_STOP_SECONDS * 1000), zmq.POLLOUT)  # type: ignore[call-arg]
         self._tasks.append(asyncio.create_task(self._watch()))
         return msgspec.msgpack.decode(payload, type=EngineReady)
 
@@ -286,15 +289,35 @@ class AsyncEngine:
             self.stats = received.stats
             now = time.monotonic()
             for output in received.outputs:
-                processed = self._outputs.process(output, now)
-                if processed is None:
-                    continue
-                delta, must_abort = processed
-                self._streams[output.request_id].put(output.request_id, delta)
-                if delta.finish_reason is not None:
-                    del self._streams[output.request_id]
-                if must_abort:
-                    self._send(ABORT, [output.request_id])
+                try:
+                    self._deliver(output, now)
+                except Exception:
+                    logger.exception("an answer could not be put together; its request ends with an error")
+                    self._give_up(output.request_id)
+
+    def _deliver(self, output: EngineOutput, now: float) -> None:
+        processed = self._outputs.process(output, now)
+        if processed is None:
+            return
+        delta, must_abort = processed
+        self._streams[output.request_id].put(output.request_id, delta)
+        if delta.finish_reason is not None:
+            del self._streams[output.request_id]
+        if must_abort:
+            self._send(ABORT, [output.request_id])
+
+    def _give_up(self, request_id: str) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.abort()
+            stream.fail(RuntimeError("an answer could not be put together"))
+
+    def _stopped_receiving(self, task: asyncio.Task[None]) -> None:
+        """Without answers nothing is served: better seen to be dead than silent."""
+        if not task.cancelled():
+            logger.error("answers can no longer be received", exc_info=task.exception())
+            self._fail_streams()
+            self.dead.set()
 
     async def _watch(self) -> None:
         """Notice the end of the engine process."""

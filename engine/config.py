@@ -287,6 +287,7 @@ def _vision(args: EngineArgs, config: Any, path: Path, max_len: int) -> VisionCo
         given = [name for name in ("image_input_type", "image_token_id", "image_input_shape", "image_feature_size",
                                    "image_processor", "limit_mm_per_prompt")
                  if getattr(args, name) is not None]  # fmt: skip
+        given += ["disable_image_processor"] if args.disable_image_processor else []
         if given:
             raise ValueError(f"{_name(given[0])} is given, but {args.model} is a text-only model")
         return None
@@ -308,7 +309,7 @@ def _vision(args: EngineArgs, config: Any, path: Path, max_len: int) -> VisionCo
         feature_size=tokens,
         feature_dim=tower.hidden_size * len(feature_layers(config)),
         max_images=_max_images(args.limit_mm_per_prompt, tokens, max_len),
-        processor=_processor(args, path, shape),
+        processor=None if args.image_input_type == "image_features" else _processor(args, path, shape),
     )
 
 

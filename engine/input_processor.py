@@ -170,6 +170,11 @@ class InputProcessor:
             )
         return room if wanted is None else wanted
 
+    def complete_params(self, params: SamplingParams) -> None:
+        """Fill in what takes the tokenizer, unless it is there."""
+        if params.bad_words and not params.bad_words_token_ids:
+            params.bad_words_token_ids = self._bad_words(params.bad_words)
+
     def make_requests(
         self,
         prompt: ProcessedPrompt,
@@ -183,8 +188,7 @@ class InputProcessor:
     ) -> list[EngineRequest]:
         """One engine request for each of the `n` answers, with names and seeds of their own."""
         params.check_vocab(self.config.vocab_size)
-        if params.bad_words:
-            params.bad_words_token_ids = self._bad_words(params.bad_words)
+        self.complete_params(params)
         seed = self._random.getrandbits(62) if params.seed is None else params.seed
         name = request_id or f"request-{next(self._numbers)}"
         return [

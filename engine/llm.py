@@ -238,7 +238,8 @@ def _append(output: RequestOutput, index: int, delta: Delta) -> None:
         answer.cumulative_logprob = (answer.cumulative_logprob or 0.0) + sum(e.logprob for e in delta.logprobs)
     if delta.prompt_logprobs is not None:
         output.prompt_logprobs = [None if e is None else _logprob_table(e) for e in delta.prompt_logprobs]
-    output.num_cached_tokens = max(output.num_cached_tokens, delta.num_cached_tokens)
+    if index == 0:  # the others find what the first has just made
+        output.num_cached_tokens = max(output.num_cached_tokens, delta.num_cached_tokens)
     output.metrics = delta.metrics
     output.finished = all(answer.finish_reason is not None for answer in output.outputs)
 

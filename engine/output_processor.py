@@ -98,6 +98,8 @@ class OutputProcessor:
         answer.num_tokens += 1
         params = answer.request.params
         if finish_reason == "stop" and not (params.include_stop_str_in_output and token in params.stop_token_ids):
+            if logprobs is not None:
+                answer.unresolved.append(self._token_logprobs(token, "", logprobs))
             return  # a token that ends the answer is not part of its text
         new = answer.detokenizer.push(token)
         before = len(answer.text)
@@ -110,9 +112,10 @@ class OutputProcessor:
 
     def _check_stops(self, answer: _Answer, delta: Delta, before: int) -> None:
         params = answer.request.params
-        if answer.num_tokens <= params.min_tokens:
-            return
         found = answer.stops.push(answer.text[before:])
+        while found is not None and answer.num_tokens <= params.min_tokens:
+            before += found[1]  # too early to stop
+            found = answer.stops.push(answer.text[before:])
         if found is None:
             return
         stop, characters = found
@@ -146,8 +149,6 @@ class OutputProcessor:
             if behind > end:  # a stop string cut this token, or all of it
                 entry.text = entry.text[: max(0, len(entry.text) - (behind - end))]
                 entry.raw = entry.text.encode("utf-8", "replace")
-                if not entry.text:
-                    continue
             delta.logprobs.append(entry)
 
     def _token_logprobs(self, token: int, text: str, position: PositionLogprobs) -> TokenLogprobs:

@@ -9,11 +9,12 @@ import threading
 from typing import Any
 
 import msgspec
+import torch
 import zmq
 
 from engine.config import EngineConfig
 from engine.core.engine_core import EngineCore
-from engine.errors import ModelLoadError
+from engine.errors import ModelLoadError, one_line
 from engine.log import configure_logging
 from engine.messages import EngineOutputs, EngineReady, EngineRequest
 
@@ -39,15 +40,20 @@ def run_engine(config: EngineConfig, inbox_address: str, outbox_address: str, lo
     try:
         core = EngineCore(config)
     except Exception as error:
-        if not isinstance(error, ModelLoadError):
+        message = one_line(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            message = f"the GPU has too little memory: lower --gpu-memory-utilization or --max-model-len ({message})"
+        elif not isinstance(error, ModelLoadError):
             logger.exception("the engine could not start")
-        outbox.send_multipart([FAILED, str(error).encode() or type(error).__name__.encode()])
+        outbox.send_multipart([FAILED, message.encode()])
         context.destroy(linger=2000)
         return
+    inbox = context.socket(zmq.PULL)
+    inbox.connect(inbox_address)
     ready = EngineReady(core.max_model_len, core.runner.num_blocks)
     outbox.send_multipart([READY, msgspec.msgpack.encode(ready)])
     received: _Inbox = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(context, inbox_address, received), daemon=True).start()
+    threading.Thread(target=_receive, args=(inbox, received), daemon=True).start()
     to_send: queue.SimpleQueue[EngineOutputs | None] = queue.SimpleQueue()
     sender = threading.Thread(target=_send, args=(outbox, to_send))
     sender.start()
@@ -81,9 +87,16 @@ def _loop(core: EngineCore, received: _Inbox, to_send: "queue.SimpleQueue[Engine
             to_send.put(core.step())
 
 
-def _receive(context: zmq.Context[zmq.Socket[bytes]], address: str, received: _Inbox) -> None:
-    inbox = context.socket(zmq.PULL)
-    inbox.connect(address)
+def _receive(inbox: zmq.Socket[bytes], received: _Inbox) -> None:
+    """Put messages into the queue. If that fails nothing could be served any more, so the process ends."""
+    try:
+        _receive_until_stop(inbox, received)
+    except Exception:
+        logger.exception("requests can no longer be received")
+        os._exit(1)
+
+
+def _receive_until_stop(inbox: zmq.Socket[bytes], received: _Inbox) -> None:
     requests = msgspec.msgpack.Decoder(EngineRequest)
     names = msgspec.msgpack.Decoder(list[str])
     while True:

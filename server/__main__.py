@@ -14,7 +14,7 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
-from engine.chat_template import ChatTemplate, find_template
+from engine.chat_template import ChatTemplate, find_template, read_template
 from engine.client import AsyncEngine
 from engine.config import EngineConfig, create_config
 from engine.errors import ModelLoadError
@@ -46,6 +46,8 @@ def main() -> None:
     engine_args, args = parse_args(sys.argv[1:])
     configure_logging(args.log_level)
     try:
+        if args.chat_template is not None:
+            args.chat_template = read_template(args.chat_template)
         config = create_config(engine_args)
         status = uvloop.run(_serve(config, args))
     except ValueError as error:
@@ -112,7 +114,8 @@ def _listen(args: ServerArgs) -> socket.socket:
     try:
         if args.uds is not None:
             listener = socket.socket(socket.AF_UNIX)
-            Path(args.uds).unlink(missing_ok=True)
+            if Path(args.uds).is_socket():
+                Path(args.uds).unlink()
             listener.bind(args.uds)
         else:
             family, *_, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -27,11 +27,13 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, in one piece or as a stream."""
     state = state_of(request)
     body = await read_body(request, ChatCompletionRequest)
-    async with state.open_request():
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(state.open_request())
         chat = await unless_client_goes(request, _start(state, body))
+        stack.callback(chat.abort)
         if not body.stream:
             return JSONResponse(await unless_client_goes(request, chat.whole()))
-    return EventStream(chat.events())
+        return EventStream(chat.events(), stack.pop_all())
 
 
 async def _start(state: ServerState, body: ChatCompletionRequest) -> "_Chat":
@@ -42,6 +44,7 @@ async def _start(state: ServerState, body: ChatCompletionRequest) -> "_Chat":
         params = body.params(state.config.sampling_defaults)
     with state.engine.admission(params.n):
         prompt = await chat_prompt(state, body)
+        await state.in_text_pool(state.inputs.complete_params, params)
         name = f"chatcmpl-{uuid4().hex}"
         with _max_tokens_as_given(body):
             stream = state.engine.generate(
@@ -81,6 +84,10 @@ class _Chat:
         self._usage = Usage.of([prompt])
         self._head = {"id": name, "created": int(time.time()), "model": model, "system_fingerprint": state.fingerprint}
 
+    def abort(self) -> None:
+        """Stop what still runs."""
+        self._stream.abort()
+
     async def whole(self) -> dict[str, Any]:
         """The response in one piece."""
         answers = [Answer() for _ in range(self._body.n or 1)]
@@ -99,18 +106,17 @@ class _Chat:
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a stream."""
-        async with self._state.open_request():
-            begun: set[int] = set()
-            async for _, delta in run(self._state, [self._stream]):
-                self._usage.add(0, delta)
-                if delta.index not in begun:
-                    first = not begun
-                    begun.add(delta.index)
-                    yield self._chunk(delta.index, {"role": self._state.args.response_role, "content": ""}, first=first)
-                if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
-                    yield self._delta_chunk(delta)
-            if self._body.include_usage:
-                yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage.json()}
+        begun: set[int] = set()
+        async for _, delta in run(self._state, [self._stream]):
+            self._usage.add(0, delta)
+            if delta.index not in begun:
+                first = not begun
+                begun.add(delta.index)
+                yield self._chunk(delta.index, {"role": self._state.args.response_role, "content": ""}, first=first)
+            if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
+                yield self._delta_chunk(delta)
+        if self._body.include_usage:
+            yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage.json()}
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
         message = {"role": self._state.args.response_role, "content": "".join(answer.text), "refusal": None}

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
 from typing import Any
 from uuid import uuid4
 
@@ -28,11 +29,13 @@ async def create_completion(request: Request) -> Response:
     """Continue one or several prompts, in one piece or as a stream."""
     state = state_of(request)
     body = await read_body(request, CompletionRequest)
-    async with state.open_request():
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(state.open_request())
         completion = await unless_client_goes(request, _start(state, body))
+        stack.callback(completion.abort)
         if not body.stream:
             return JSONResponse(await unless_client_goes(request, completion.whole()))
-    return EventStream(completion.events())
+        return EventStream(completion.events(), stack.pop_all())
 
 
 async def _start(state: ServerState, body: CompletionRequest) -> "_Completion":
@@ -43,8 +46,9 @@ async def _start(state: ServerState, body: CompletionRequest) -> "_Completion":
     params = body.params(state.config.sampling_defaults)
     with state.engine.admission(params.n * len(given)):
         prompts = await asyncio.gather(*(_prompt(state, body, prompt) for prompt in given))
-        limits = [state.inputs.max_tokens(prompt, params.max_tokens) for prompt in prompts]
+        limits = [_limit(state, body, params, prompt) for prompt in prompts]
         params.check_vocab(state.config.vocab_size)
+        await state.in_text_pool(state.inputs.complete_params, params)
         name = f"cmpl-{uuid4().hex}"
         streams = [
             _generate(state, body, prompt, params, limit, f"{name}-{number}")
@@ -52,6 +56,13 @@ async def _start(state: ServerState, body: CompletionRequest) -> "_Completion":
         ]
     state.metrics.prompt(sum(len(prompt.token_ids) for prompt in prompts))
     return _Completion(state, body, prompts, streams, name, model, params.n)
+
+
+def _limit(state: ServerState, body: CompletionRequest, params: SamplingParams, prompt: ProcessedPrompt) -> int:
+    """How long the answer may be; what the client did not ask for is cut to the context."""
+    if body.max_tokens is None and params.max_tokens is not None:
+        return min(params.max_tokens, state.inputs.max_tokens(prompt, None))
+    return state.inputs.max_tokens(prompt, params.max_tokens)
 
 
 async def _prompt(state: ServerState, body: CompletionRequest, prompt: str | list[int]) -> ProcessedPrompt:
@@ -99,6 +110,11 @@ class _Completion:
         self._head = {"id": name, "object": "text_completion", "created": int(time.time()), "model": model,
                       "system_fingerprint": state.fingerprint}  # fmt: skip
 
+    def abort(self) -> None:
+        """Stop what still runs."""
+        for stream in self._streams:
+            stream.abort()
+
     async def whole(self) -> dict[str, Any]:
         """The response in one piece."""
         answers = [Answer() for _ in range(self._n * len(self._prompts))]
@@ -116,23 +132,22 @@ class _Completion:
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a stream."""
-        async with self._state.open_request():
-            begun: set[int] = set()
-            offsets = [0] * (self._n * len(self._prompts))
-            async for number, delta in run(self._state, self._streams):
-                delta = self._trimmed(delta)
-                self._usage.add(number, delta)
-                index = number * self._n + delta.index
-                if index not in begun and self._body.echo:
-                    text = self._prompts[number].text or ""
-                    offsets[index] = len(text)
-                    yield self._chunk(index, text, None)
-                first = index not in begun
-                begun.add(index)
-                if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
-                    yield self._delta_chunk(index, delta, offsets, first=first)
-            if self._body.include_usage:
-                yield {**self._head, "choices": [], "usage": self._usage.json()}
+        begun: set[int] = set()
+        offsets = [0] * (self._n * len(self._prompts))
+        async for number, delta in run(self._state, self._streams):
+            delta = self._trimmed(delta)
+            self._usage.add(number, delta)
+            index = number * self._n + delta.index
+            if index not in begun and self._body.echo:
+                text = self._prompts[number].text or ""
+                offsets[index] = len(text)
+                yield self._chunk(index, text, None)
+            first = index not in begun
+            begun.add(index)
+            if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
+                yield self._delta_chunk(index, delta, offsets, first=first)
+        if self._body.include_usage:
+            yield {**self._head, "choices": [], "usage": self._usage.json()}
 
     def _trimmed(self, delta: Delta) -> Delta:
         """Nothing was to be generated when `max_tokens` is 0; the engine had to make one token."""

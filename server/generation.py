@@ -53,7 +53,8 @@ class Usage:
     def add(self, prompt: int, delta: Delta) -> None:
         """Count what came new for a prompt, by its number."""
         self.completion_tokens += len(delta.token_ids)
-        self.cached_tokens[prompt] = max(self.cached_tokens.get(prompt, 0), delta.num_cached_tokens)
+        if delta.index == 0:  # the others find what the first has just made
+            self.cached_tokens[prompt] = max(self.cached_tokens.get(prompt, 0), delta.num_cached_tokens)
 
     def json(self) -> dict[str, Any]:
         """OpenAI's object."""

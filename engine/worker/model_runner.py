@@ -21,7 +21,8 @@ from engine.models.loader import load_model
 from engine.models.rotary import long_context_start
 from engine.step import ModelRunnerOutput, SchedulerOutput
 from engine.worker.input_batch import InputBatch, StepInputs
-from engine.worker.sampler import Logprobs, Sampler, gather_logprobs
+from engine.worker.random_noise import gumbel_noise
+from engine.worker.sampler import Logprobs, Sampler, gather_logprobs, keep_top
 from engine.worker.vision import VisionEncoder
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,8 @@ class ModelRunner:
     def execute(self, step: SchedulerOutput) -> PendingStep:
         """Launch a step. Nothing here waits for the device."""
         with torch.inference_mode():
+            if self._vision is not None:
+                self._vision.free(step.freed_images)
             self._change_requests(step)
             self._encode_images(step)
             inputs = self._batch.prepare(step)
@@ -99,8 +102,9 @@ class ModelRunner:
             return self._sample(step, inputs, hidden)
 
     def recover(self) -> None:
-        """Give back what a failed step may have left on the device."""
+        """Give back what a failed step may have left on the device; raises where the device itself is broken."""
         if self.device.type == "cuda":
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
     def _change_requests(self, step: SchedulerOutput) -> None:
@@ -117,7 +121,6 @@ class ModelRunner:
     def _encode_images(self, step: SchedulerOutput) -> None:
         if self._vision is None:
             return
-        self._vision.free(step.freed_images)
         if step.encode_images:
             started = time.monotonic()
             self._vision.encode(step.encode_images)
@@ -190,12 +193,12 @@ class ModelRunner:
     def _count_blocks(self) -> int:
         """How many cache blocks to make: what was asked for, or what memory allows and the requests could fill."""
         config = self._config
+        # Looked up in any case: it also compiles the kernels, which a request should not wait for.
+        free = self._free_gpu_bytes() if self.device.type == "cuda" else _free_cpu_bytes()
         if config.num_blocks is not None:
             return config.num_blocks
         block_bytes = self._block_bytes()
-        available = config.kv_cache_memory_bytes
-        if available is None:
-            available = self._free_gpu_bytes() if self.device.type == "cuda" else _free_cpu_bytes()
+        available = free if config.kv_cache_memory_bytes is None else config.kv_cache_memory_bytes
         most = config.max_num_seqs * -(-config.max_model_len // config.block_size)
         num_blocks = min(available // block_bytes, most)
         if num_blocks < 1 and config.kv_cache_memory_bytes is not None:
@@ -226,22 +229,38 @@ class ModelRunner:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         others = total - free - torch.cuda.memory_reserved()
-        return int(total * self._config.gpu_memory_utilization) - others - peak
+        return int(total * self._config.gpu_memory_utilization) - others - peak - self._later_bytes()
+
+    def _later_bytes(self) -> int:
+        """What is allocated as requests ask for it: encoded images, and the sampler's tables of penalties."""
+        config = self._config
+        images = config.encoder_cache_tokens * config.text_config.hidden_size * config.dtype.itemsize
+        penalties = config.max_num_seqs * config.vocab_size * (torch.int32.itemsize + torch.bool.itemsize)
+        return int(images + penalties)
 
     def _profile(self) -> None:
         """Run the largest step and the largest batch of images on a cache of one block."""
+        with torch.inference_mode():
+            if self._vision is not None:
+                self._vision.profile()
+            for tokens in (1, self._config.max_num_batched_tokens):
+                hidden = self._profile_step(tokens)
+            rows = self._config.max_num_seqs
+            logits = self.model.logits(hidden[:1].expand(rows, -1))
+            gather_logprobs(logits, torch.zeros(rows, dtype=torch.int64, device=self.device), 1)
+            limits = torch.ones(rows, 1, dtype=torch.int64, device=self.device)
+            keep_top(logits, limits, limits.float())
+            gumbel_noise(limits.squeeze(1), logits.shape[1])
+
+    def _profile_step(self, tokens: int) -> Tensor:
+        """One sequence of this many tokens, all in one block, which changes nothing about the memory it takes."""
         config = self._config
-        tokens = min(config.max_num_batched_tokens, config.max_model_len)
         zeros = torch.zeros(tokens, dtype=torch.int64, device=self.device)
         blocks = torch.zeros(1, -(-tokens // config.block_size), dtype=torch.int32, device=self.device)
         ends = torch.tensor([0, tokens], dtype=torch.int32, device=self.device)
         metadata = AttentionMetadata([0, tokens], [tokens], ends, ends[1:], blocks, zeros)
-        with torch.inference_mode():
-            if self._vision is not None:
-                self._vision.profile()
-            hidden = self.model.language_model.embed_tokens(zeros)
-            hidden = self.model.language_model(hidden, zeros, self._make_caches(1), metadata)
-            self.model.logits(hidden[:1].expand(config.max_num_seqs, -1)).log_softmax(-1)
+        hidden = self.model.language_model.embed_tokens(zeros)
+        return self.model.language_model(hidden, zeros, self._make_caches(1), metadata)  # type: ignore[no-any-return]
 
     def _make_caches(self, num_blocks: int) -> list[Tensor]:
         text = self._config.text_config
