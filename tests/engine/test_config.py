@@ -194,8 +194,9 @@ def test_types(flag: str, folder: Path) -> None:
     """`LLM` hands on whatever its caller gave; the command line gives only what fits."""
     args = EngineArgs(str(folder), device="cpu")
     for value in (Odd(), *([] if flag in OPTIONAL else [None])):
+        wrong: dict[str, Any] = {flag: value}
         with pytest.raises(ValueError, match=rf"^--{flag.replace('_', '-')} is (odd|None): it must be "):
-            create_config(dataclasses.replace(args, **{flag: value}))
+            create_config(dataclasses.replace(args, **wrong))
 
 
 @pytest.mark.parametrize(
