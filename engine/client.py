@@ -209,9 +209,13 @@ class AsyncEngine:
         )
         stream = ResponseStream(self, requests)
         self._outputs.add(requests)
-        for request in requests:
-            self._streams[request.request_id] = stream
-            self._send(ADD, request)
+        self._streams |= {request.request_id: stream for request in requests}
+        try:
+            for request in requests:
+                self._send(ADD, request)
+        except BaseException:
+            stream.abort()
+            raise
         return stream
 
     def abort(self, request_ids: set[str]) -> None:

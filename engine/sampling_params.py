@@ -8,6 +8,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_LOGPROBS = 20
 MAX_N = 16
+MAX_COUNT = 2**31 - 1
+"""Of `top_k`, `min_tokens` and `max_tokens`: beyond any vocabulary or context."""
 MAX_LIST = 1024
 """Entries allowed in `logit_bias`, `allowed_token_ids`, `stop_token_ids` and `bad_words`."""
 
@@ -55,12 +57,12 @@ class SamplingParams:
         _check_range("temperature", self.temperature, 0, 100)
         _check_range("top_p", self.top_p, 0, 1, low_open=True)
         _check_range("min_p", self.min_p, 0, 1)
-        _check_integer("top_k", self.top_k, -1, None)
+        _check_integer("top_k", self.top_k, -1, MAX_COUNT)
         _check_range("presence_penalty", self.presence_penalty, -2, 2)
         _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
         _check_range("repetition_penalty", self.repetition_penalty, 0, 100, low_open=True)
-        _check_integer("max_tokens", self.max_tokens, 1, None)
-        _check_integer("min_tokens", self.min_tokens, 0, None)
+        _check_integer("max_tokens", self.max_tokens, 1, MAX_COUNT)
+        _check_integer("min_tokens", self.min_tokens, 0, MAX_COUNT)
         _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
         _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         _check_integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
@@ -74,8 +76,6 @@ class SamplingParams:
             raise ValueError(f"stop holds {len(self.stop)} strings: at most {MAX_STOP_STRINGS} are allowed")
         if any(not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH for text in self.stop):
             raise ValueError(f"stop: each entry must be a string of 1 to {MAX_STOP_LENGTH} characters")
-        if self.stop and self.n < 1:
-            raise ValueError("stop needs n of at least 1")
         _check_ids("stop_token_ids", self.stop_token_ids)
         if self.allowed_token_ids is not None:
             if not self.allowed_token_ids:
@@ -107,14 +107,13 @@ class SamplingParams:
                     raise ValueError(f"{name} holds {token}: token ids go from 0 to {vocab_size - 1}")
 
 
-def _check_integer(name: str, value: int | None, low: int, high: int | None) -> None:
+def _check_integer(name: str, value: int | None, low: int, high: int) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} is {value!r}: it must be an integer")
-    if value < low or (high is not None and value > high):
-        upper = "" if high is None else f" and at most {high}"
-        raise ValueError(f"{name} is {value}: it must be at least {low}{upper}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}: it must be at least {low} and at most {high}")
 
 
 def _check_range(name: str, value: float | None, low: float, high: float | None, *, low_open: bool = False) -> None:

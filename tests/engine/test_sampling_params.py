@@ -23,8 +23,8 @@ FLOATS = [
 ]
 INTEGERS = [
     ("n", 1, MAX_N, 0, MAX_N + 1),
-    ("top_k", -1, 10**30, -2, None),
-    ("max_tokens", 1, 10**30, 0, None),
+    ("top_k", -1, 2**31 - 1, -2, 2**31),
+    ("max_tokens", 1, 2**31 - 1, 0, 2**31),
     ("min_tokens", 0, 16, -1, None),
     ("seed", -(2**63), 2**63 - 1, -(2**63) - 1, 2**63),
     ("logprobs", 0, MAX_LOGPROBS, -1, MAX_LOGPROBS + 1),
@@ -136,3 +136,10 @@ def test_ids_outside_the_vocabulary(name: str) -> None:
         else:
             with pytest.raises(ValueError, match=f"{name} holds 10: token ids go from 0 to 9"):
                 params.check_vocab(10)
+
+
+@pytest.mark.parametrize("name", ["top_k", "min_tokens", "max_tokens"])
+def test_counts_beyond_any_context_are_refused(name: str) -> None:
+    """They would not fit the wire."""
+    with pytest.raises(ValueError, match=f"^{name} is .* at most 2147483647"):
+        SamplingParams(**{"max_tokens": None, name: 10**30})
