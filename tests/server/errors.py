@@ -1,9 +1,11 @@
 """What every error must look like."""
 
+from pathlib import Path
 from typing import Any
 
 import httpx
 
+_ROOT = Path(__file__).parents[2]
 _TYPES = {401: "authentication_error", 404: "not_found_error", 503: "service_unavailable_error"}
 
 
@@ -19,7 +21,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     assert error["type"] == _TYPES.get(status, "invalid_request_error")
     assert all(error[key] is None or isinstance(error[key], str) for key in ("param", "code"))
     leaks = [
-        text for text in ("Traceback", " at 0x", '.py"', "object at 0x", "/work/", "/tmp/") if text in response.text
+        text for text in ("Traceback", " at 0x", '.py"', "object at 0x", f"{_ROOT}/", "/tmp/") if text in response.text
     ]
     assert not leaks, response.text
     return error
