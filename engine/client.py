@@ -70,6 +70,11 @@ class ResponseStream:
     ) -> None:
         self.abort()
 
+    @property
+    def num_running(self) -> int:
+        """Answers that are not complete."""
+        return len(self._running)
+
     def abort(self) -> None:
         """Stop the answers that still run."""
         running, self._running = self._running, set()

@@ -1,7 +1,7 @@
 """Errors of the engine that a user reads."""
 
 
-class ModelLoadError(Exception):
+class ModelLoadError(ValueError):
     """A model that cannot be loaded; its message is one readable line that says what to do."""
 
 

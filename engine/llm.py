@@ -70,7 +70,7 @@ class LLM:
         if not isinstance(inputs, str | dict | list | tuple):
             raise ValueError(f"inputs is a {type(inputs).__name__}: it must be a prompt or a list of prompts")
         prompts = [inputs] if isinstance(inputs, str | dict) else inputs
-        return self._run([self._process(prompt) for prompt in prompts], sampling_params, use_tqdm)
+        return self._run(prompts, sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -94,13 +94,13 @@ class LLM:
         tokenizer = self._inputs.tokenizer
         found = find_template(self.config, chat_template, tokenizer)
         template = ChatTemplate(tokenizer, found, self._inputs.image_token)
-        prompts = []
+        prompts: list[Prompt] = []
         for conversation in conversations:
             text = template.render(
                 conversation, add_generation_prompt=add_generation_prompt, **(chat_template_kwargs or {})
             )
             images = images_of_messages(conversation)
-            prompts.append(self._process({"prompt": text, "multi_modal_data": {"image": images}}))
+            prompts.append({"prompt": text, "multi_modal_data": {"image": images}})
         return self._run(prompts, sampling_params, use_tqdm)
 
     def close(self) -> None:
@@ -113,7 +113,7 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _process(self, prompt: Prompt) -> ProcessedPrompt:
+    def _process(self, prompt: Prompt, params: SamplingParams) -> ProcessedPrompt:
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
         if not isinstance(prompt, dict):
@@ -132,21 +132,22 @@ class LLM:
         if not isinstance(ids, list | tuple):
             raise ValueError(f"prompt_token_ids is a {type(ids).__name__}: it must be a list of integers")
         images = [self._inputs.prepare_image(image) for image in _images(prompt.get("multi_modal_data"))]
-        return self._inputs.process(list(ids), images, text=text)
+        return self._inputs.process(list(ids), images, text=text, truncate=params.truncate_prompt_tokens)
 
     def _run(
         self,
-        prompts: list[ProcessedPrompt],
+        prompts: Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         params = self._params(sampling_params, len(prompts))
+        processed = [self._process(prompt, param) for prompt, param in zip(prompts, params, strict=True)]
         self._num_calls += 1
         results: dict[str, tuple[RequestOutput, int]] = {}
         requests: list[EngineRequest] = []
         groups: list[list[EngineRequest]] = []
         outputs = []
-        for number, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+        for number, (prompt, param) in enumerate(zip(processed, params, strict=True)):
             name = f"{self._num_calls}-{number}"
             made = self._make_requests(name, prompt, param)
             answers = [CompletionOutput(index) for index in range(len(made))]

@@ -48,6 +48,8 @@ class SamplingParams:
     """None: none; 0: the sampled token's alone; k: of the k best too."""
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
+    """Keep this many tokens from the prompt's end; prompts with images cannot be cut."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -63,6 +65,7 @@ class SamplingParams:
         _check_range("repetition_penalty", self.repetition_penalty, 0, 100, low_open=True)
         _check_integer("max_tokens", self.max_tokens, 1, MAX_COUNT)
         _check_integer("min_tokens", self.min_tokens, 0, MAX_COUNT)
+        _check_integer("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, MAX_COUNT)
         _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
         _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         _check_integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)

@@ -57,3 +57,5 @@ class ModelRunnerOutput:
     logprobs: dict[str, PositionLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[PositionLogprobs]] = field(default_factory=dict)
     """Of the positions this step computed; entry i tells of the token at start + i + 1."""
+    encoder_seconds: float = 0.0
+    """What the device spent on the step's images."""

@@ -50,10 +50,10 @@ def main() -> None:
             args.chat_template = read_template(args.chat_template)
         config = create_config(engine_args)
         status = uvloop.run(_serve(config, args))
-    except ValueError as error:
-        fail(str(error), 2)
     except ModelLoadError as error:
         fail(str(error), 1)
+    except ValueError as error:
+        fail(str(error), 2)
     except KeyboardInterrupt:
         status = 0
     raise SystemExit(status)
@@ -65,18 +65,19 @@ async def _serve(config: EngineConfig, args: ServerArgs) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     listener = _listen(args)
-    starting = asyncio.create_task(AsyncEngine.start(config, log_level=args.log_level))
-    await asyncio.wait((starting, asyncio.create_task(stop.wait())), return_when=asyncio.FIRST_COMPLETED)
-    if not starting.done():
-        starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
-        return 0
-    engine = starting.result()
     try:
-        state = _state(engine, args)
-        return await _listen_and_drain(state, listener, stop)
+        starting = asyncio.create_task(AsyncEngine.start(config, log_level=args.log_level))
+        await asyncio.wait((starting, asyncio.create_task(stop.wait())), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return 0
+        engine = starting.result()
+        try:
+            return await _listen_and_drain(_state(engine, args), listener, stop)
+        finally:
+            await engine.stop()
     finally:
-        await engine.stop()
         listener.close()
         if args.uds is not None:
             Path(args.uds).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from engine.client import ResponseStream
 from engine.input_processor import ProcessedPrompt
 from engine.outputs import Delta, TokenLogprobs
-from server.generation import Answer, Usage, prompt_logprobs_json, run, shown_logprob
+from server.generation import Answer, Usage, abort, prompt_logprobs_json, run, shown_logprob
 from server.prompts import chat_prompt
 from server.protocol import ChatCompletionRequest
 from server.sse import EventStream, unless_client_goes
@@ -86,7 +86,7 @@ class _Chat:
 
     def abort(self) -> None:
         """Stop what still runs."""
-        self._stream.abort()
+        abort(self._state, [self._stream])
 
     async def whole(self) -> dict[str, Any]:
         """The response in one piece."""

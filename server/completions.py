@@ -15,7 +15,7 @@ from engine.client import ResponseStream
 from engine.input_processor import ProcessedPrompt
 from engine.outputs import Delta, TokenLogprobs
 from engine.sampling_params import SamplingParams
-from server.generation import Answer, Usage, prompt_logprobs_json, run, shown_logprob
+from server.generation import Answer, Usage, abort, prompt_logprobs_json, run, shown_logprob
 from server.prompts import text_prompt
 from server.protocol import CompletionRequest
 from server.sse import EventStream, unless_client_goes
@@ -112,8 +112,7 @@ class _Completion:
 
     def abort(self) -> None:
         """Stop what still runs."""
-        for stream in self._streams:
-            stream.abort()
+        abort(self._state, self._streams)
 
     async def whole(self) -> dict[str, Any]:
         """The response in one piece."""

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,23 +71,25 @@ class Usage:
 async def run(state: ServerState, streams: Sequence[ResponseStream]) -> AsyncGenerator[tuple[int, Delta], None]:
     """The deltas of one or several prompts' streams as they come, each with the number of its stream.
 
-    Closing the generator aborts what still runs.
-
     Raises:
         ApiError: the engine gave one of them up.
         EngineDeadError: the engine process ended.
     """
     last_token_at: dict[tuple[int, int], float] = {}
-    async with AsyncExitStack() as stack:
-        for stream in streams:
-            await stack.enter_async_context(stream)
-        async for number, delta in _merge(streams):
-            if delta.error is not None:
-                raise ApiError(500, delta.error)
-            now, answer = time.monotonic(), (number, delta.index)
-            state.metrics.delta(delta, last_token_at.get(answer, 0.0), now)
-            last_token_at[answer] = now
-            yield number, delta
+    async for number, delta in _merge(streams):
+        if delta.error is not None:
+            raise ApiError(500, delta.error)
+        now, answer = time.monotonic(), (number, delta.index)
+        state.metrics.delta(delta, last_token_at.get(answer, 0.0), now)
+        last_token_at[answer] = now
+        yield number, delta
+
+
+def abort(state: ServerState, streams: Sequence[ResponseStream]) -> None:
+    """Stop the answers that still run."""
+    for stream in streams:
+        state.metrics.aborted(stream.num_running)
+        stream.abort()
 
 
 async def _merge(streams: Sequence[ResponseStream]) -> AsyncGenerator[tuple[int, Delta], None]:

@@ -56,6 +56,11 @@ class Metrics:
         if delta.finish_reason is not None:
             self._finished(delta)
 
+    def aborted(self, count: int) -> None:
+        """Answers were given up before their end, mostly because their client went away."""
+        if count:
+            self._success.labels(self._model_name, "abort").inc(count)
+
     def image_fetched(self, seconds: float) -> None:
         """An image was fetched."""
         self._fetch.observe(seconds)

@@ -25,8 +25,9 @@ async def tokenize(request: Request) -> dict[str, Any]:
     kind = TokenizeChatRequest if "messages" in raw else TokenizeTextRequest
     body = kind.model_validate(raw)
     state.check_model(body.model)
-    with blaming("messages" if isinstance(body, TokenizeChatRequest) else "prompt"):
-        tokens = await state.in_text_pool(_tokens, state, body)
+    async with state.open_request():
+        with blaming("messages" if isinstance(body, TokenizeChatRequest) else "prompt"):
+            tokens = await state.in_text_pool(_tokens, state, body)
     names = state.inputs.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
     return {
         "count": len(tokens),
@@ -42,8 +43,9 @@ async def detokenize(request: Request) -> dict[str, str]:
     state = state_of(request)
     body = await read_body(request, DetokenizeRequest)
     state.check_model(body.model)
-    with blaming("tokens"):
-        return {"prompt": await state.in_text_pool(state.inputs.decode, body.tokens)}
+    async with state.open_request():
+        with blaming("tokens"):
+            return {"prompt": await state.in_text_pool(state.inputs.decode, body.tokens)}
 
 
 def _tokens(state: ServerState, body: TokenizeChatRequest | TokenizeTextRequest) -> list[int]:

@@ -34,6 +34,7 @@ class EngineCore:
         )
         self._long_rope_start = long_context_start(config.text_config)
         self._depth = config.pipeline_depth
+        self._encoder_seconds, self._encoder_images = 0.0, 0
         self._launched: deque[tuple[SchedulerOutput, PendingStep]] = deque()
 
     @property
@@ -75,7 +76,7 @@ class EngineCore:
     def stats(self) -> SchedulerStats:
         """The state of queues and caches, and the encoder's work so far."""
         stats = self.scheduler.stats()
-        stats.encoder_seconds, stats.encoder_images = self.runner.encoder_seconds, self.runner.encoder_images
+        stats.encoder_seconds, stats.encoder_images = self._encoder_seconds, self._encoder_images
         return stats
 
     def check_integrity(self) -> None:
@@ -88,6 +89,8 @@ class EngineCore:
         step, pending = self._launched[0]
         result = pending.result()
         self._launched.popleft()
+        self._encoder_seconds += result.encoder_seconds
+        self._encoder_images += len(step.encode_images)
         return self.scheduler.update(step, result)
 
     def _recover(self, scheduled: SchedulerOutput, error: Exception) -> list[EngineOutput]:

@@ -23,6 +23,8 @@ class _Rules:
     """Ids that may not come before `min_tokens`."""
     min_tokens: int = 0
     bad_words: list[list[int]] = field(default_factory=list)
+    last_resort: int = 0
+    """The token taken where the rules leave none: one that ends the answer, if the model has one."""
 
 
 class TokenRules:
@@ -49,6 +51,7 @@ class TokenRules:
             ends=np.array([token for token in ends if token < self._vocab_size], np.int64),
             min_tokens=params.min_tokens,
             bad_words=[word for word in params.bad_words_token_ids if word],
+            last_resort=next(iter(slot.request.eos_token_ids), 0),
         )
         return True
 
@@ -80,6 +83,7 @@ class TokenRules:
         if sum(len(bias) for bias in biases):
             where = self._indices(biased)
             logits[where] += self._batch.upload(np.concatenate(biases))
+        self._leave_one(logits, rows, slots)
 
     def _ban_words(self, logits: Tensor, words: list[tuple[int, list[int]]], slots: _Ints, positions: _Ints) -> None:
         """Ban the last token of each word whose other tokens are the newest output. The newest may not be known to
@@ -99,6 +103,14 @@ class TokenRules:
         ban = torch.where(matches, float("-inf"), 0.0)
         last = self._batch.upload(np.array([word[-1] for _, word in words], np.int64))
         logits.index_put_((self._batch.upload(rows), last), ban, accumulate=True)
+
+    def _leave_one(self, logits: Tensor, rows: _Ints, slots: _Ints) -> None:
+        """Where every token is forbidden, end the answer."""
+        where = self._batch.upload(rows)
+        tokens = self._batch.upload(np.array([self._by_slot[int(slot)].last_resort for slot in slots[rows]], np.int64))
+        kept = logits[where, tokens]
+        hopeless = logits[where].amax(-1) == float("-inf")
+        logits[where, tokens] = torch.where(hopeless, torch.zeros_like(kept), kept)
 
     def _indices(self, pairs: list[tuple[int, _Ints]]) -> tuple[Tensor, Tensor]:
         rows = np.concatenate([np.full(len(ids), row, np.int64) for row, ids in pairs])

@@ -23,6 +23,7 @@ from engine.step import ModelRunnerOutput, SchedulerOutput
 from engine.worker.input_batch import InputBatch, StepInputs
 from engine.worker.random_noise import gumbel_noise
 from engine.worker.sampler import Logprobs, Sampler, gather_logprobs, keep_top
+from engine.worker.timer import DeviceTimer
 from engine.worker.vision import VisionEncoder
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class PendingStep:
     logprobs: Logprobs | None
     prompt_logprobs: list[tuple[str, int, Tensor, Logprobs]]
     """Request, number wanted, target ids, log probabilities."""
+    encoding: DeviceTimer | None
+    """Of the step's images, if it has any."""
     done: Any
     """CUDA event behind the last copy; None on the CPU."""
 
@@ -53,6 +56,7 @@ class PendingStep:
         if self.done is not None:
             self.done.synchronize()
         output = ModelRunnerOutput(dict(zip(self.request_ids, self.tokens.tolist(), strict=True)))
+        output.encoder_seconds = 0.0 if self.encoding is None else self.encoding.seconds
         if self.logprobs is not None:
             taken = [output.sampled[request_id] for request_id, _ in self.logprob_rows]
             rows = _positions(taken, [count for _, count in self.logprob_rows], self.logprobs)
@@ -71,8 +75,6 @@ class ModelRunner:
         self._config = config
         self.device = config.device
         self.max_model_len = config.max_model_len
-        self.encoder_seconds = 0.0
-        self.encoder_images = 0
         _make_exact()
         started = time.monotonic()
         self.model = load_model(config)
@@ -95,11 +97,11 @@ class ModelRunner:
             if self._vision is not None:
                 self._vision.free(step.freed_images)
             self._change_requests(step)
-            self._encode_images(step)
+            encoding = self._encode_images(step)
             inputs = self._batch.prepare(step)
             hidden = self._embed(step, inputs)
             hidden = self.model.language_model(hidden, inputs.rotary_rows, self._caches, inputs.metadata)
-            return self._sample(step, inputs, hidden)
+            return self._sample(step, inputs, hidden, encoding)
 
     def recover(self) -> None:
         """Give back what a failed step may have left on the device; raises where the device itself is broken."""
@@ -118,14 +120,12 @@ class ModelRunner:
             if index is not None:
                 self._sampler.remove(index)
 
-    def _encode_images(self, step: SchedulerOutput) -> None:
-        if self._vision is None:
-            return
-        if step.encode_images:
-            started = time.monotonic()
+    def _encode_images(self, step: SchedulerOutput) -> DeviceTimer | None:
+        if self._vision is None or not step.encode_images:
+            return None
+        with DeviceTimer(self.device) as timer:
             self._vision.encode(step.encode_images)
-            self.encoder_seconds += time.monotonic() - started
-            self.encoder_images += len(step.encode_images)
+        return timer
 
     def _embed(self, step: SchedulerOutput, inputs: StepInputs) -> Tensor:
         hidden = self.model.language_model.embed_tokens(inputs.input_ids)
@@ -137,7 +137,9 @@ class ModelRunner:
                     self._vision.merge(hidden, row, part.start, end, slot.request.images)
         return hidden  # type: ignore[no-any-return]
 
-    def _sample(self, step: SchedulerOutput, inputs: StepInputs, hidden: Tensor) -> PendingStep:
+    def _sample(
+        self, step: SchedulerOutput, inputs: StepInputs, hidden: Tensor, encoding: DeviceTimer | None
+    ) -> PendingStep:
         parts = [part for part in step.requests if part.samples]
         prompt_logprobs = self._prompt_logprobs(step, inputs, hidden)
         tokens, logprobs, logprob_rows = torch.zeros(0, dtype=torch.int64), None, []
@@ -159,7 +161,7 @@ class ModelRunner:
             done = torch.cuda.Event()
             done.record()
         names = [part.request_id for part in parts]
-        return PendingStep(names, tokens, logprob_rows, logprobs, prompt_logprobs, done)
+        return PendingStep(names, tokens, logprob_rows, logprobs, prompt_logprobs, encoding, done)
 
     def _prompt_logprobs(
         self, step: SchedulerOutput, inputs: StepInputs, hidden: Tensor

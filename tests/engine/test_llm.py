@@ -154,6 +154,16 @@ def test_parameters_for_each_prompt(llm: LLM) -> None:
         llm.generate(["Hello", "You", "They"], params[:2])
 
 
+def test_prompts_are_cut_from_the_front(llm: LLM) -> None:
+    text = "USER: Hello there ASSISTANT:"
+    limits = (None, 3, 1000)
+    params = [SamplingParams(max_tokens=1, truncate_prompt_tokens=limit) for limit in limits]
+    whole, cut, uncut = (output.prompt_token_ids for output in llm.generate([text] * 3, params))
+    assert cut == whole[-3:] and uncut == whole
+    with pytest.raises(ValueError, match="truncate_prompt_tokens is 0"):
+        SamplingParams(truncate_prompt_tokens=0)
+
+
 def test_progress_bar(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
     llm.generate("Hello", GREEDY)
     assert "tok/s" in capfd.readouterr().err

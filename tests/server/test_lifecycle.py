@@ -1,6 +1,7 @@
 """A server from its start to its end, and what it tells about itself in between."""
 
 import json
+import shutil
 import signal
 import threading
 import time
@@ -22,6 +23,7 @@ from tests.server.launch import Launch, Server, data_url, image_part, run_to_end
 LONG = CheckpointSpec(max_position_embeddings=16384)
 LONGEST = {"max_tokens": 16000, "ignore_eos": True, "temperature": 0}
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+SUCCESS = "vllm:request_success_total"
 RUNNING = "vllm:num_requests_running"
 
 
@@ -148,6 +150,7 @@ def test_metrics_under_way(server: Server) -> None:
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_a_client_that_leaves_a_stream(server: Server, path: str) -> None:
+    aborted = server.metric(SUCCESS, finished_reason="abort")
     body = {"messages": [user("Hi")], "prompt": "Hi", "stream": True, "n": 2, **LONGEST}
     with server.client() as client, client.stream("POST", path, json=body) as response:
         for number, _ in enumerate(response.iter_lines()):
@@ -156,6 +159,7 @@ def test_a_client_that_leaves_a_stream(server: Server, path: str) -> None:
                 break
     server.wait_for_metric(RUNNING, lambda value: value == 0, seconds=2)
     assert server.metric("vllm:kv_cache_usage_perc") == 0
+    assert server.metric(SUCCESS, finished_reason="abort") == aborted + 2
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
@@ -175,6 +179,15 @@ def test_a_port_that_is_taken(server: Server, checkpoint: MakeCheckpoint) -> Non
     ended = run_to_end("--model", str(checkpoint(LONG)), "--port", str(server.port))
     assert ended.returncode == 1
     assert ended.stderr.count("\n") == 1 and f"127.0.0.1:{server.port}" in ended.stderr, ended.stderr
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_socket(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(checkpoint(LONG), broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    ended = run_to_end("--model", str(broken), "--uds", str(tmp_path / "socket"))
+    assert ended.returncode == 1 and ended.stderr.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "socket").exists()
 
 
 GUARDED = [
@@ -243,8 +256,8 @@ def test_a_full_queue_and_an_orderly_end(launch: Launch, checkpoint: MakeCheckpo
         while (health := server.get("/health")).status_code == 200:
             assert time.monotonic() < end
         error_of(health, 503)
-        for path in (CHAT, COMPLETIONS):
-            late = server.post(path, {"messages": [user("Hi")], "prompt": "Hi", "max_tokens": 3})
+        for path in (CHAT, COMPLETIONS, "/tokenize", "/detokenize"):
+            late = server.post(path, {"messages": [user("Hi")], "prompt": "Hi", "max_tokens": 3, "tokens": [1]})
             assert "shutting down" in error_of(late, 503)["message"]
         lines = running.rest(60)
         assert lines[-1] == "[DONE]"

@@ -64,6 +64,9 @@ def naive_rules(logits: Sequence[float], sequence: Row) -> list[float]:
             beginning = word[:-1]
             banned |= token == word[-1] and (not beginning or output[-len(beginning) :] == beginning)
         scores[token] = NEVER if banned else scores[token] + (params.logit_bias or {}).get(token, 0)
+    if max(scores) == NEVER:
+        scores[EOS] = 0.0  # nothing is allowed: the answer ends
+    for token in range(VOCAB):
         if token in sequence.tokens:
             factor = params.repetition_penalty
             scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
@@ -158,7 +161,7 @@ all_params: st.SearchStrategy[SamplingParams] = st.builds(
     presence_penalty=st.sampled_from([0.0, 0.0, -1.1, 1.3]),
     frequency_penalty=st.sampled_from([0.0, 0.0, -0.6, 0.9]),
     logit_bias=st.none() | st.dictionaries(token_ids, st.sampled_from([-100.0, -1.5, 2.5, 100.0]), max_size=4),
-    allowed_token_ids=st.none() | st.lists(token_ids.filter(lambda t: t > 11), min_size=1, max_size=6),
+    allowed_token_ids=st.none() | st.lists(token_ids, min_size=1, max_size=6),
     stop_token_ids=st.lists(st.integers(4, 8), max_size=2),
     min_tokens=st.sampled_from([0, 0, 1, 4]),
     ignore_eos=st.booleans(),
