@@ -18,11 +18,13 @@ SPECS = {
     "head of 80": CheckpointSpec(seed=5, hidden_size=160, num_attention_heads=2, num_key_value_heads=2, head_dim=80),
     "text": CheckpointSpec(seed=6, kind="llama"),
 }
+# Small enough for several tests to share a GPU.
+ROOMY = {"kv_cache_memory_bytes": 1 << 28}
 LIMITS: dict[str, dict[str, Any]] = {
-    "roomy": {},
-    "tiny chunks": {"max_num_batched_tokens": 7},
+    "roomy": ROOMY,
+    "tiny chunks": {"max_num_batched_tokens": 7, **ROOMY},
     "few blocks": {"num_gpu_blocks_override": 24, "max_num_seqs": 16},
-    "no prefix cache": {"enable_prefix_caching": False},
+    "no prefix cache": {"enable_prefix_caching": False, **ROOMY},
 }
 
 
@@ -44,7 +46,7 @@ def test_mixed_batch_equals_hugging_face(
 ) -> None:
     folder = checkpoint(SPECS[kind])
     given = prompts(photos, sees=SPECS[kind].kind == "llava")
-    llm = LLM(str(folder), dtype="float32", device="cuda", gpu_memory_utilization=0.3, **LIMITS[limits])
+    llm = LLM(str(folder), dtype="float32", device="cuda", **LIMITS[limits])
     for _ in range(2):  # the second time prefixes are cached
         outputs = llm.generate(given, SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
         for prompt, output in zip(given, outputs, strict=True):
@@ -56,7 +58,7 @@ def test_mixed_batch_equals_hugging_face(
 
 
 def test_sampling_is_the_same_in_any_batch(checkpoint: MakeCheckpoint) -> None:
-    llm = LLM(str(checkpoint(SPECS["gqa"])), dtype="float32", device="cuda", gpu_memory_utilization=0.3)
+    llm = LLM(str(checkpoint(SPECS["gqa"])), dtype="float32", device="cuda", **ROOMY)
     params = [
         SamplingParams(temperature=0.9, top_p=0.8, top_k=50, seed=5, max_tokens=30, logprobs=3),
         SamplingParams(temperature=1.1, min_p=0.05, seed=6, max_tokens=30, repetition_penalty=1.3, bad_words=["the"]),
