@@ -9,12 +9,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 python := $(VENV)/bin/python
-checkpoint := .cache/random-llava
 run_stamp := $(VENV)/.run.stamp
 dev_stamp := $(VENV)/.dev.stamp
-
-# A model given in ARGS is served instead of the random one.
-given_model := $(filter --model --model=%,$(ARGS))
 
 .PHONY: help venv serve test lint clean
 
@@ -24,14 +20,8 @@ help: ## list the targets
 
 venv: $(dev_stamp) ## build the virtual environment with everything that tests and linters need
 
-serve: $(run_stamp) ## serve a small random model, or ARGS="--model ..."; ARGS go to the server
-ifeq ($(given_model),)
-	@test -d $(checkpoint) || $(python) -m demo.random_checkpoint --out $(checkpoint) --seed 0
-	@echo 'Serving a model with random weights: its answers are noise. ARGS="--model ..." serves a real one.'
-	@exec $(python) -m server --model $(checkpoint) $(ARGS)
-else
+serve: $(run_stamp) ## serve the demo model, or ARGS="--model ..."; ARGS go to the server
 	@exec $(python) -m server $(ARGS)
-endif
 
 test: $(dev_stamp) ## run the tests; ARGS go to pytest
 	$(python) -m pytest $(ARGS)
@@ -41,7 +31,7 @@ lint: $(dev_stamp) ## check style, format and types
 	$(python) -m ruff format --check .
 	$(python) -m mypy
 
-clean: ## remove caches, builds, the random model and .venv (another VENV is left alone)
+clean: ## remove caches, builds and .venv (another VENV is left alone)
 	find . -name __pycache__ -type d -not -path './.git/*' -not -path './.venv/*' -prune -exec rm -rf {} +
 	rm -rf .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist .venv
 

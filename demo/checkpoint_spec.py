@@ -1,9 +1,9 @@
-"""What can be asked of a random checkpoint."""
+"""What a checkpoint can be asked to be."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from demo.random_tokenizer import EOS_ID, TOKENIZER_SIZE
+from demo.tokenizer import EOS_ID
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,9 @@ class CheckpointSpec:
     num_attention_heads: int = 4
     num_key_value_heads: int = 4
     head_dim: int | None = None
-    vocab_size: int = -(-TOKENIZER_SIZE // 64) * 64
+    base_vocab: int = 700
+    """The tokenizer's tokens before `<image>` and `<pad>`."""
+    vocab_size: int = 704
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -37,6 +39,8 @@ class CheckpointSpec:
     vision_feature_layer: int | tuple[int, ...] = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     projector_bias: bool = True
+    pads_images: bool = False
+    """Show whole pictures on a square, rather than their middle."""
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     shards: int = 1
@@ -48,15 +52,28 @@ class CheckpointSpec:
     eos_token_id: int | tuple[int, ...] = EOS_ID
     """What generation_config.json names. Greedy decoding never picks `</s>` itself: name another id to see an end."""
 
+    greedy: bool = False
+    """Whether generation_config.json asks for the likeliest token always."""
+
     def __post_init__(self) -> None:
         if self.language_model == "mistral" and (self.attention_bias or self.mlp_bias):
             raise ValueError("a mistral has no attention_bias and no mlp_bias")
         if self.language_model == "llama" and self.sliding_window is not None:
             raise ValueError("a llama has no sliding_window")
-        if self.vocab_size < TOKENIZER_SIZE:
-            raise ValueError(f"vocab_size {self.vocab_size} is below the tokenizer's {TOKENIZER_SIZE}")
+        if self.vocab_size <= self.pad_id:
+            raise ValueError(f"vocab_size {self.vocab_size} is below the tokenizer's {self.pad_id + 1}")
         if self.shards < 1:
             raise ValueError(f"shards must be at least 1, not {self.shards}")
+
+    @property
+    def image_id(self) -> int:
+        """Of the image placeholder."""
+        return self.base_vocab
+
+    @property
+    def pad_id(self) -> int:
+        """Of the padding token."""
+        return self.base_vocab + 1
 
     @property
     def language_model(self) -> Literal["llama", "mistral"]:

@@ -1,7 +1,11 @@
 """What a user may set about the engine: one field a flag, shared by the command line and by `LLM(**)`."""
 
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
+"""A small LLaVA of the project's own."""
 
 
 def _flag(default: Any, group: str, text: str, *, choices: tuple[str, ...] = (), kind: Any = None) -> Any:
@@ -15,7 +19,9 @@ class EngineArgs:
     `engine.config.create_config` checks them against each other and against the checkpoint.
     """
 
-    model: str = _flag("", "model", "Hub id or local folder of the checkpoint; required")
+    model: str = _flag(
+        str(DEMO_MODEL), "model", "Hub id or local folder of the checkpoint; default: the demo model that ships here"
+    )
     revision: str | None = _flag(None, "model", "branch, tag or commit on the Hub")
     tokenizer: str | None = _flag(None, "model", "Hub id or folder of the tokenizer; default: the model's")
     served_model_name: list[str] | str | None = _flag(

@@ -1,6 +1,7 @@
 """Conversations to prompts, by the checkpoint's own Jinja template."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,18 @@ from engine.errors import ModelLoadError
 _LLAVA_TEMPLATE = Path(__file__).parent.parent / "templates" / "template_llava.jinja"
 _PROBE = "content-style-probe"
 IMAGE_TYPES = ("image", "image_url")
+_JINJA = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])  # to look whether templates are valid
 
 
 def find_template(config: EngineConfig, given: str | None, tokenizer: Any) -> str | None:
-    """The template to use: what was given (a path or the template itself), else the checkpoint's, else LLaVA-1.5's for
-    a LLaVA; None where there is none.
+    """The template to use: what was given, else the checkpoint's, else LLaVA-1.5's for a LLaVA; None where there is
+    none.
 
     Raises:
-        ValueError: what was given is neither a template nor a file that can be read.
         ModelLoadError: the checkpoint's template cannot be read.
     """
     if given is not None:
-        return read_template(given)
+        return given
     file = config.model_path / "chat_template.jinja"
     try:
         if file.is_file():
@@ -87,7 +88,13 @@ class ChatTemplate:
             raise ValueError(f"the chat template refuses the messages: {error}") from error
         except Exception as error:  # a template may fail in any way on what it was not written for
             raise ValueError(f"the chat template cannot render the messages: {error}") from error
+        self._check_placeholders(str(rendered), sum(len(image_parts(message)) for message in messages))
         return str(rendered)
+
+    def _check_placeholders(self, rendered: str, images: int) -> None:
+        """Texts that a template joins must not make up a placeholder together."""
+        if self._image_token is not None and (found := rendered.count(self._image_token)) != images:
+            raise ValueError(f"the messages hold {images} images, but as a prompt {found} image placeholders")
 
     def _prepare(self, message: dict[str, Any]) -> dict[str, Any]:
         content = message.get("content")
@@ -120,13 +127,19 @@ class ChatTemplate:
 
 
 def read_template(given: str) -> str:
-    """A template that is given as such or as a file; `ValueError` when it is neither."""
-    if "{" in given:
-        return given
+    """A template that is given as such or as a file; `ValueError` when it is neither, or no valid Jinja."""
+    template = given
+    if "{" not in given:
+        try:
+            template = Path(given).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--chat-template {given!r} is neither a template nor a readable file") from error
     try:
-        return Path(given).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--chat-template {given!r} is neither a template nor a readable file") from error
+        # The tag that marks what was generated is transformers' own, and means nothing to rendering.
+        _JINJA.parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template))
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"--chat-template is no valid Jinja: line {error.lineno}: {error.message}") from error
+    return template
 
 
 def _old_template(file: Path) -> str | None:

@@ -94,7 +94,6 @@ class ResponseStream:
 
     def fail(self, error: Exception) -> None:
         """End with an error (the engine calls this)."""
-        self._running.clear()
         self._error = error
         self._news.set()
 
@@ -183,6 +182,8 @@ class AsyncEngine:
         params: SamplingParams,
         *,
         max_tokens: int | None = None,
+        bad_words: list[list[int]] | None = None,
+        arrival_time: float | None = None,
         priority: int = 0,
         cache_salt: str = "",
         request_id: str | None = None,
@@ -193,6 +194,8 @@ class AsyncEngine:
             prompt: made by `inputs.process`.
             params: how to sample; `params.max_tokens` of None fills the context.
             max_tokens: made by `inputs.max_tokens`; by default it is called with `params.max_tokens`.
+            bad_words: made by `inputs.bad_words`; by default it is called with `params`.
+            arrival_time: when the client asked, in seconds of `time.monotonic()`; by default now.
             priority: lower is served first.
             cache_salt: prompts share cached prefixes only with those of the same salt.
             request_id: for the log; must be unique.
@@ -207,7 +210,8 @@ class AsyncEngine:
             prompt,
             params,
             max_tokens=self.inputs.max_tokens(prompt, params.max_tokens) if max_tokens is None else max_tokens,
-            arrival_time=time.monotonic(),
+            arrival_time=time.monotonic() if arrival_time is None else arrival_time,
+            bad_words=bad_words,
             priority=priority,
             cache_salt=cache_salt,
             request_id=request_id,

@@ -1,6 +1,7 @@
 """What the engine runs with: the arguments, checked against each other and against the checkpoint."""
 
 import json
+import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -9,13 +10,14 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 from transformers import AutoConfig
 
-from engine.args import EngineArgs
+from engine.args import DEMO_MODEL, EngineArgs
 from engine.errors import ModelLoadError, one_line
 from engine.image_processor import ImageProcessor
 from engine.models.clip import resolve_layer
 from engine.models.hub import resolve_model, resolve_processor_config, resolve_tokenizer
 from engine.models.llava import feature_layers
 from engine.models.rotary import rope_type
+from engine.sampling_params import SamplingParams
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -23,6 +25,14 @@ ARCHITECTURES = {
     "llava": "LlavaForConditionalGeneration",
 }
 _TEXT_TYPES = ("llama", "mistral")
+_TEXT_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings",
+)  # fmt: skip
+_TOWER_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
+    "num_channels",
+)  # fmt: skip
 _KINDS = {
     bool: "True or False",
     int: "an integer",
@@ -112,7 +122,7 @@ def create_config(args: EngineArgs) -> EngineConfig:
     """
     _check(args)
     if not args.model:
-        raise ValueError("--model is missing: give a Hub id or a folder")
+        raise ValueError("--model is empty: give a Hub id or a folder")
     path = resolve_model(args.model, args.revision, weights=args.load_format != "dummy")
     hf_config = _read_config(path)
     text = hf_config.text_config if hf_config.model_type == "llava" else hf_config
@@ -120,12 +130,12 @@ def create_config(args: EngineArgs) -> EngineConfig:
     generation = _generation_config(path)
     max_len = _max_model_len(args.max_model_len, text)
     on_gpu = device.type == "cuda"
-    names = args.served_model_name or [args.model]
+    names = args.served_model_name or ["demo" if args.model == str(DEMO_MODEL) else args.model]
     return EngineConfig(
         model_path=path,
         model_name=args.model,
         served_names=[names] if isinstance(names, str) else list(names),
-        tokenizer_path=path if args.tokenizer is None else resolve_tokenizer(args.tokenizer, None),
+        tokenizer_path=path if args.tokenizer is None else resolve_tokenizer(args.tokenizer),
         hf_config=hf_config,
         architecture=ARCHITECTURES[hf_config.model_type],
         dtype=_dtype(args.dtype, hf_config, text),
@@ -142,8 +152,8 @@ def create_config(args: EngineArgs) -> EngineConfig:
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         enable_prefix_caching=args.enable_prefix_caching,
         max_num_queued_reqs=args.max_num_queued_reqs,
-        eos_token_ids=_eos_token_ids(generation, text),
-        sampling_defaults={k: generation[k] for k in _SAMPLING_DEFAULTS if generation.get(k) is not None},
+        eos_token_ids=_eos_token_ids(generation, hf_config, text),
+        sampling_defaults=_sampling_defaults(generation),
         pipeline_depth=2 if on_gpu else 1,
     )
 
@@ -178,6 +188,11 @@ def _check(args: EngineArgs) -> None:
         raise ValueError(f"--distributed-executor-backend {args.distributed_executor_backend} is not available: mp is")
     if args.disable_image_processor and args.image_processor is not None:
         raise ValueError("--disable-image-processor and --image-processor exclude each other")
+    if args.image_processor is not None and args.image_input_type == "image_features":
+        raise ValueError("--image-processor and --image-input-type image_features exclude each other")
+    names = args.served_model_name
+    if isinstance(names, list) and not (names and all(isinstance(name, str) and name for name in names)):
+        raise ValueError(f"--served-model-name is {names!r}: it must hold names")
     if args.image_processor_revision is not None and args.image_processor is None:
         raise ValueError("--image-processor-revision needs --image-processor")
 
@@ -211,6 +226,7 @@ def _read_config(path: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(path)
         _check_model(config)
+        _max_model_len(None, config.text_config if config.model_type == "llava" else config)
     except ModelLoadError:
         raise
     except Exception as error:  # transformers raises many kinds on a configuration that it does not like
@@ -230,11 +246,27 @@ def _check_model(config: Any) -> None:
             raise ModelLoadError(
                 f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} is not supported"
             )
+        _check_sizes(config.vision_config, _TOWER_SIZES)
+        if not feature_layers(config):
+            raise ModelLoadError("vision_feature_layer is empty: it must name a layer")
         for layer in feature_layers(config):
             resolve_layer(layer, config.vision_config.num_hidden_layers)
         tied = bool(getattr(config, "tie_word_embeddings", False) or text.tie_word_embeddings)
         text.tie_word_embeddings = tied
+    _check_sizes(text, _TEXT_SIZES)
+    if text.num_attention_heads % text.num_key_value_heads:
+        raise ModelLoadError(
+            f"num_attention_heads, {text.num_attention_heads}, must be a multiple of num_key_value_heads, "
+            f"{text.num_key_value_heads}"
+        )
     rope_type(text)
+
+
+def _check_sizes(config: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ModelLoadError(f"{name} is {value!r}: it must be an integer of at least 1")
 
 
 def _generation_config(path: Path) -> dict[str, Any]:
@@ -248,9 +280,23 @@ def _generation_config(path: Path) -> dict[str, Any]:
     return read if isinstance(read, dict) else {}
 
 
-def _eos_token_ids(generation: dict[str, Any], text: Any) -> list[int]:
-    eos = generation.get("eos_token_id", text.eos_token_id)
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+def _eos_token_ids(generation: dict[str, Any], config: Any, text: Any) -> list[int]:
+    """Where Hugging Face's `generate` looks for them, in its order."""
+    places = (generation.get("eos_token_id"), getattr(config, "eos_token_id", None), text.eos_token_id)
+    found: Any = next((eos for eos in places if eos is not None), [])
+    ids = list(found) if isinstance(found, list | tuple) else [found]
+    if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
+        raise ModelLoadError(f"eos_token_id is {found!r}: it must be a token id or a list of them")
+    return ids
+
+
+def _sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
+    defaults = {name: generation[name] for name in _SAMPLING_DEFAULTS if generation.get(name) is not None}
+    try:
+        SamplingParams(**defaults)
+    except ValueError as error:
+        raise ModelLoadError(f"generation_config.json: {error}") from error
+    return defaults
 
 
 def _device(name: str) -> torch.device:
@@ -324,7 +370,7 @@ def _show(value: Any) -> str:
 
 def _shape(given: str | tuple[int, ...] | list[int]) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in (given.split(",") if isinstance(given, str) else given))
+        return tuple(map(int, given.split(","))) if isinstance(given, str) else tuple(map(operator.index, given))
     except (TypeError, ValueError):
         raise ValueError(f"--image-input-shape is {given!r}: it must look like 1,3,336,336") from None
 
@@ -335,7 +381,8 @@ def _max_images(limit: str | dict[str, int] | None, tokens: int, max_len: int) -
         return fitting
     try:
         given = dict(part.split("=") for part in limit.split(",")) if isinstance(limit, str) else dict(limit)
-        images = int(given.pop("image"))
+        wanted = given.pop("image")
+        images = int(wanted) if isinstance(wanted, str) else operator.index(wanted)
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"--limit-mm-per-prompt is {limit!r}: it must look like image=4") from None
     if given or images < 0:

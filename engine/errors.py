@@ -19,7 +19,9 @@ class QueueFullError(Exception):
         super().__init__("too many requests are waiting: try again later")
 
 
-def one_line(error: Exception, longest: int = 300) -> str:
+def one_line(error: BaseException, longest: int = 300) -> str:
     """A library's message on one line, or the error's kind where there is none."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        text = f"{text} is not known"
     return text if len(text) <= longest else text[:longest] + "…"

@@ -27,6 +27,9 @@ class ImageError(ValueError):
 
 _NOT_DECODED = "the image could not be decoded"
 _EXIF_ORIENTATION = 0x0112
+_JPEG_SCAN = b"\xff\xda"
+_MOST_SCANS = 64
+"""Of a progressive JPEG, which has about ten. Each is decoded over the whole picture, however few bytes it has."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -81,6 +84,8 @@ def _open(data: bytes) -> ImageFile:
     """
     stream = io.BytesIO(data)
     if data.startswith(b"\xff\xd8\xff"):
+        if data.count(_JPEG_SCAN) > _MOST_SCANS:
+            raise ImageError("the image has too many scans")
         return JpegImageFile(stream)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return PngImageFile(stream)

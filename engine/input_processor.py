@@ -81,7 +81,9 @@ class InputProcessor:
         return ids
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of token ids."""
+        """The text of token ids, no more than the context holds."""
+        if len(token_ids) > self.max_model_len:
+            raise ValueError(f"{len(token_ids)} token ids were given: the context is {self.max_model_len} tokens")
         self.check_token_ids(token_ids)
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
@@ -106,14 +108,18 @@ class InputProcessor:
             raise ValueError("the model was loaded for image_features, but pixels were given: use ImageFeatureData")
         if isinstance(image, ImagePixelData):
             image = image.image
+        if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
+            image = image.cpu().numpy()
         if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-            if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
                 raise ValueError(f"an image of uint8 has shape {image.shape}: it must be (height, width, 3)")
             image = Image.fromarray(image)
         if isinstance(image, np.ndarray | torch.Tensor):
             return _tensor(image, vision)
         if not isinstance(image, Image.Image):
             raise ValueError(f"an image is a {type(image).__name__}: it must be a PIL image or a float array")
+        if 0 in image.size:
+            raise ValueError(f"an image has the size {image.width}x{image.height}: it must hold pixels")
         if vision.processor is None:
             raise ValueError("the image processor is disabled, so only prepared tensors are taken as images")
         pixels = vision.processor.prepare(image)
@@ -170,10 +176,15 @@ class InputProcessor:
             )
         return room if wanted is None else wanted
 
-    def complete_params(self, params: SamplingParams) -> None:
-        """Fill in what takes the tokenizer, unless it is there."""
-        if params.bad_words and not params.bad_words_token_ids:
-            params.bad_words_token_ids = self._bad_words(params.bad_words)
+    def bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """Token ids of each bad word, at a text's beginning and inside it where they differ."""
+        found: list[list[int]] = []
+        for word in params.bad_words:
+            for text in (word, " " + word.lstrip()):
+                ids = self.encode(text, add_special_tokens=False)
+                if ids and ids not in found and max(ids) < self.config.vocab_size:  # others cannot be sampled
+                    found.append(ids)
+        return found
 
     def make_requests(
         self,
@@ -182,13 +193,16 @@ class InputProcessor:
         *,
         max_tokens: int,
         arrival_time: float,
+        bad_words: list[list[int]] | None = None,
         priority: int = 0,
         cache_salt: str = "",
         request_id: str | None = None,
     ) -> list[EngineRequest]:
         """One engine request for each of the `n` answers, with names and seeds of their own."""
         params.check_vocab(self.config.vocab_size)
-        self.complete_params(params)
+        if params.min_tokens > max_tokens:
+            raise ValueError(f"min_tokens is {params.min_tokens}: at most {max_tokens} tokens can be generated")
+        bad_words = self.bad_words(params) if bad_words is None else bad_words
         seed = self._random.getrandbits(62) if params.seed is None else params.seed
         name = request_id or f"request-{next(self._numbers)}"
         return [
@@ -203,6 +217,7 @@ class InputProcessor:
                 priority=priority,
                 arrival_time=arrival_time,
                 cache_salt=cache_salt,
+                bad_words=bad_words,
             )
             for index in range(params.n)
         ]
@@ -211,16 +226,6 @@ class InputProcessor:
         if self.config.vision is None:
             raise ValueError(f"{self.config.served_names[0]} is a text-only model: it takes no images")
         return self.config.vision
-
-    def _bad_words(self, words: list[str]) -> list[list[int]]:
-        """Each word's tokens at a text's beginning and inside it, where they differ."""
-        found: list[list[int]] = []
-        for word in words:
-            for text in (word, " " + word.lstrip()):
-                ids = self.encode(text, add_special_tokens=False)
-                if ids and ids not in found:
-                    found.append(ids)
-        return found
 
 
 def load_tokenizer(config: EngineConfig) -> Any:
@@ -235,9 +240,21 @@ def load_tokenizer(config: EngineConfig) -> Any:
         raise ModelLoadError(f"the tokenizer in {config.tokenizer_path} cannot be loaded: {one_line(error)}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelLoadError(f"the tokenizer in {config.tokenizer_path} has no fast form (tokenizer.json)")
+    if config.vision is not None:
+        _check_image_token(tokenizer, config)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _check_image_token(tokenizer: Any, config: EngineConfig) -> None:
+    assert config.vision is not None
+    wanted = config.vision.image_token_id
+    token = tokenizer.convert_ids_to_tokens(wanted)
+    if token is None or tokenizer.backend_tokenizer.encode(token, add_special_tokens=False).ids != [wanted]:
+        raise ModelLoadError(
+            f"the tokenizer in {config.tokenizer_path} has no special token of id {wanted}, the image placeholder"
+        )
 
 
 def _features(image: ImageFeatureData, vision: VisionConfig) -> PreparedImage:
@@ -279,6 +296,8 @@ def _expand(
         width = 1
     elif found == len(images):
         width = size
+    elif not images:
+        raise ValueError(f"the prompt has {found} image placeholder tokens, but no image was given")
     else:
         raise ValueError(
             f"the prompt has {found} image placeholder tokens, but {len(images)} images were given: "

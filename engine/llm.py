@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.args import EngineArgs
-from engine.chat_template import ChatTemplate, find_template
+from engine.args import DEMO_MODEL, EngineArgs
+from engine.chat_template import ChatTemplate, find_template, read_template
 from engine.config import create_config
 from engine.core.engine_core import EngineCore
 from engine.input_processor import InputProcessor, ProcessedPrompt
@@ -38,7 +38,7 @@ class LLM:
         ModelLoadError: the checkpoint cannot be found, read or served.
     """
 
-    def __init__(self, model: str | os.PathLike[str], **kwargs: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str] = DEMO_MODEL, **kwargs: Any) -> None:
         known = {flag.name for flag in EngineArgs.flags()}
         unknown = sorted(kwargs.keys() - known)
         if unknown:
@@ -49,6 +49,7 @@ class LLM:
         self._inputs = InputProcessor(self.config, self._core.max_model_len)
         self._outputs = OutputProcessor(self._inputs.tokenizer)
         self._num_calls = 0
+        self._closed = False
 
     def generate(
         self,
@@ -92,7 +93,8 @@ class LLM:
         for conversation in conversations:
             check_messages(conversation)
         tokenizer = self._inputs.tokenizer
-        found = find_template(self.config, chat_template, tokenizer)
+        given = None if chat_template is None else read_template(chat_template)
+        found = find_template(self.config, given, tokenizer)
         template = ChatTemplate(tokenizer, found, self._inputs.image_token)
         prompts: list[Prompt] = []
         for conversation in conversations:
@@ -103,9 +105,14 @@ class LLM:
             prompts.append({"prompt": text, "multi_modal_data": {"image": images}})
         return self._run(prompts, sampling_params, use_tqdm)
 
+    def get_tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, a Hugging Face one."""
+        return self._inputs.tokenizer
+
     def close(self) -> None:
         """Free the model's memory; the object cannot be used any more."""
-        del self._core
+        self._closed = True
+        self.__dict__.pop("_core", None)
 
     def __enter__(self) -> Self:
         return self
@@ -140,6 +147,8 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
+        if self._closed:
+            raise RuntimeError("this LLM is closed")
         params = self._params(sampling_params, len(prompts))
         processed = [self._process(prompt, param) for prompt, param in zip(prompts, params, strict=True)]
         self._num_calls += 1

@@ -43,6 +43,8 @@ class EngineRequest:
     """Lower is served first."""
     arrival_time: float = 0.0
     cache_salt: str = ""
+    bad_words: list[list[int]] = field(default_factory=list)
+    """Token ids of what must not be said."""
 
 
 @dataclass(slots=True)

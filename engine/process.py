@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 ADD, ABORT, STOP = b"add", b"abort", b"stop"
 READY, FAILED, OUTPUTS = b"ready", b"failed", b"outputs"
 
+_IDLE_SECONDS = 1.0
+"""Without work after which there is time to look whether all is in order."""
+
 _Inbox = queue.SimpleQueue[tuple[bytes, Any]]
 
 
@@ -71,7 +74,7 @@ def _loop(core: EngineCore, received: _Inbox, to_send: "queue.SimpleQueue[Engine
         outputs = []
         aborted = False
         while not received.empty() or not core.has_work:
-            kind, payload = received.get()
+            kind, payload = _next(core, received)
             if kind == STOP:
                 return
             if kind == ADD:
@@ -85,6 +88,15 @@ def _loop(core: EngineCore, received: _Inbox, to_send: "queue.SimpleQueue[Engine
             to_send.put(EngineOutputs(outputs, core.stats()))
         if core.has_work:
             to_send.put(core.step())
+
+
+def _next(core: EngineCore, received: _Inbox) -> tuple[bytes, Any]:
+    """The next message. While none comes and nothing is to be done, the caches are checked once."""
+    try:
+        return received.get(timeout=None if core.has_work else _IDLE_SECONDS)
+    except queue.Empty:
+        core.check_integrity()
+        return received.get()
 
 
 def _receive(inbox: zmq.Socket[bytes], received: _Inbox) -> None:

@@ -17,7 +17,7 @@ import uvloop
 from engine.chat_template import ChatTemplate, find_template, read_template
 from engine.client import AsyncEngine
 from engine.config import EngineConfig, create_config
-from engine.errors import ModelLoadError
+from engine.errors import ModelLoadError, one_line
 from engine.log import configure_logging
 from engine.offline_images import fetch_timeout
 from server.app import create_app
@@ -56,14 +56,17 @@ def main() -> None:
         fail(str(error), 2)
     except KeyboardInterrupt:
         status = 0
-    raise SystemExit(status)
+    # Not SystemExit: it would wait for worker threads, which an image may keep busy for long.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 async def _serve(config: EngineConfig, args: ServerArgs) -> int:
-    stop = asyncio.Event()
+    stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
     listener = _listen(args)
     try:
         starting = asyncio.create_task(AsyncEngine.start(config, log_level=args.log_level))
@@ -74,7 +77,7 @@ async def _serve(config: EngineConfig, args: ServerArgs) -> int:
             return 0
         engine = starting.result()
         try:
-            return await _listen_and_drain(_state(engine, args), listener, stop)
+            return await _listen_and_drain(_state(engine, args), listener, stop, hurry)
         finally:
             await engine.stop()
     finally:
@@ -129,7 +132,9 @@ def _listen(args: ServerArgs) -> socket.socket:
     return listener
 
 
-async def _listen_and_drain(state: ServerState, listener: socket.socket, stop: asyncio.Event) -> int:
+async def _listen_and_drain(
+    state: ServerState, listener: socket.socket, stop: asyncio.Event, hurry: asyncio.Event
+) -> int:
     args = state.args
     server = _Server(
         uvicorn.Config(
@@ -145,7 +150,9 @@ async def _listen_and_drain(state: ServerState, listener: socket.socket, stop: a
         )
     )
     serving = asyncio.create_task(server.serve([listener]))
-    while not server.started and not serving.done():
+    while not server.started:
+        if serving.done():
+            raise ModelLoadError(f"cannot listen on {_url(args, listener)}: {one_line(_failure(serving))}")
         await asyncio.sleep(0.01)
     print(f"Serving {', '.join(state.config.served_names)} at {_url(args, listener)}", flush=True)
     stopping, dying = asyncio.create_task(stop.wait()), asyncio.create_task(state.engine.dead.wait())
@@ -154,7 +161,7 @@ async def _listen_and_drain(state: ServerState, listener: socket.socket, stop: a
     if died:
         await asyncio.sleep(_FAREWELL_SECONDS)  # a moment in which /health tells why
     else:
-        await _drain(state)
+        await _drain(state, hurry)
     server.should_exit = True
     await serving
     for task in (stopping, dying):
@@ -165,15 +172,22 @@ async def _listen_and_drain(state: ServerState, listener: socket.socket, stop: a
     return int(died)
 
 
-async def _drain(state: ServerState) -> None:
-    """Let running requests finish, for a while; abort those that do not."""
+async def _drain(state: ServerState, hurry: asyncio.Event) -> None:
+    """Let running requests finish, for a while or until a second signal comes; abort those that do not."""
     state.draining = True
-    logger.info("shutting down: %d requests may finish within %g s", state.num_open, state.args.shutdown_timeout)
     state.idle.clear()
     if state.num_open:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(state.idle.wait(), state.args.shutdown_timeout)
+        seconds = state.args.shutdown_timeout
+        logger.info("shutting down: %d running, %g s to finish; once more to stop at once", state.num_open, seconds)
+        waits = [asyncio.create_task(event.wait()) for event in (state.idle, hurry)]
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
     state.engine.fail_all("the server is shutting down")
+
+
+def _failure(task: "asyncio.Task[None]") -> BaseException:
+    return task.exception() or RuntimeError("the listener ended")
 
 
 def _url(args: ServerArgs, listener: socket.socket) -> str:

@@ -106,7 +106,7 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
         "object": "model",
         "created": state.started,
         "owned_by": "vlm-server",
-        "root": state.config.model_name,
+        "root": name,
         "parent": None,
         "max_model_len": state.inputs.max_model_len,
     }

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import ssl
 import sys
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -70,7 +71,7 @@ def parse_args(argv: list[str]) -> tuple[EngineArgs, ServerArgs]:
         prog="python -m server",
         description="Serve a vision-language model to OpenAI clients.",
         epilog="Environment: VLLM_API_KEY, VLLM_IMAGE_FETCH_TIMEOUT (seconds, default 5), HF_TOKEN, HF_HOME.",
-        usage="%(prog)s --model MODEL [flags]",
+        usage="%(prog)s [--model MODEL] [flags]",
         allow_abbrev=False,
     )
     order = ("model", "vision", "media", "scheduler and cache", "parallel", "server")
@@ -146,6 +147,13 @@ def _check(args: ServerArgs) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {file!r} is not a file")
     if args.allowed_local_media_path is not None and not Path(args.allowed_local_media_path).is_dir():
         raise ValueError(f"--allowed-local-media-path {args.allowed_local_media_path!r} is not a folder")
+    if args.ssl_certfile is not None:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+                args.ssl_certfile, args.ssl_keyfile, password=lambda: b""
+            )
+        except (OSError, ssl.SSLError) as error:
+            raise ValueError(f"--ssl-certfile and --ssl-keyfile cannot be used: {error}") from error
     if "" in args.api_key:
         raise ValueError("--api-key is empty")
     if args.root_path and not args.root_path.startswith("/"):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -25,18 +25,19 @@ router = APIRouter()
 @router.post("/v1/chat/completions")
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, in one piece or as a stream."""
+    arrived = time.monotonic()
     state = state_of(request)
     body = await read_body(request, ChatCompletionRequest)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(state.open_request())
-        chat = await unless_client_goes(request, _start(state, body))
+        chat = await unless_client_goes(request, _start(state, body, arrived))
         stack.callback(chat.abort)
         if not body.stream:
             return JSONResponse(await unless_client_goes(request, chat.whole()))
         return EventStream(chat.events(), stack.pop_all())
 
 
-async def _start(state: ServerState, body: ChatCompletionRequest) -> "_Chat":
+async def _start(state: ServerState, body: ChatCompletionRequest, arrived: float) -> "_Chat":
     """Check the request, make its prompt and hand it to the engine."""
     model = state.check_model(body.model)
     body.check_served()
@@ -44,11 +45,17 @@ async def _start(state: ServerState, body: ChatCompletionRequest) -> "_Chat":
         params = body.params(state.config.sampling_defaults)
     with state.engine.admission(params.n):
         prompt = await chat_prompt(state, body)
-        await state.in_text_pool(state.inputs.complete_params, params)
+        bad_words = await state.in_text_pool(state.inputs.bad_words, params)
         name = f"chatcmpl-{uuid4().hex}"
         with _max_tokens_as_given(body):
             stream = state.engine.generate(
-                prompt, params, priority=body.priority or 0, cache_salt=body.cache_salt or "", request_id=name
+                prompt,
+                params,
+                bad_words=bad_words,
+                arrival_time=arrived,
+                priority=body.priority or 0,
+                cache_salt=body.cache_salt or "",
+                request_id=name,
             )
     state.metrics.prompt(len(prompt.token_ids))
     return _Chat(state, body, prompt, stream, name, model)
@@ -92,10 +99,11 @@ class _Chat:
         """The response in one piece."""
         answers = [Answer() for _ in range(self._body.n or 1)]
         prompt_logprobs: list[TokenLogprobs | None] | None = None
-        async for _, delta in run(self._state, [self._stream]):
-            answers[delta.index].add(delta)
-            self._usage.add(0, delta)
-            prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
+        async with aclosing(run(self._state, [self._stream])) as deltas:
+            async for _, delta in deltas:
+                answers[delta.index].add(delta)
+                self._usage.add(0, delta)
+                prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
         response = {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage.json()}
         if self._body.prompt_logprobs is not None:
@@ -107,14 +115,15 @@ class _Chat:
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a stream."""
         begun: set[int] = set()
-        async for _, delta in run(self._state, [self._stream]):
-            self._usage.add(0, delta)
-            if delta.index not in begun:
-                first = not begun
-                begun.add(delta.index)
-                yield self._chunk(delta.index, {"role": self._state.args.response_role, "content": ""}, first=first)
-            if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
-                yield self._delta_chunk(delta)
+        async with aclosing(run(self._state, [self._stream])) as deltas:
+            async for _, delta in deltas:
+                self._usage.add(0, delta)
+                if delta.index not in begun:
+                    first = not begun
+                    begun.add(delta.index)
+                    yield self._chunk(delta.index, {"role": self._state.args.response_role, "content": ""}, first=first)
+                if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
+                    yield self._delta_chunk(delta)
         if self._body.include_usage:
             yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage.json()}
 

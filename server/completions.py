@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 from uuid import uuid4
 
@@ -27,18 +27,19 @@ router = APIRouter()
 @router.post("/v1/completions")
 async def create_completion(request: Request) -> Response:
     """Continue one or several prompts, in one piece or as a stream."""
+    arrived = time.monotonic()
     state = state_of(request)
     body = await read_body(request, CompletionRequest)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(state.open_request())
-        completion = await unless_client_goes(request, _start(state, body))
+        completion = await unless_client_goes(request, _start(state, body, arrived))
         stack.callback(completion.abort)
         if not body.stream:
             return JSONResponse(await unless_client_goes(request, completion.whole()))
         return EventStream(completion.events(), stack.pop_all())
 
 
-async def _start(state: ServerState, body: CompletionRequest) -> "_Completion":
+async def _start(state: ServerState, body: CompletionRequest, arrived: float) -> "_Completion":
     """Check the request, make its prompts and hand them to the engine."""
     model = state.check_model(body.model)
     body.check_served()
@@ -48,10 +49,19 @@ async def _start(state: ServerState, body: CompletionRequest) -> "_Completion":
         prompts = await asyncio.gather(*(_prompt(state, body, prompt) for prompt in given))
         limits = [_limit(state, body, params, prompt) for prompt in prompts]
         params.check_vocab(state.config.vocab_size)
-        await state.in_text_pool(state.inputs.complete_params, params)
+        bad_words = await state.in_text_pool(state.inputs.bad_words, params)
         name = f"cmpl-{uuid4().hex}"
         streams = [
-            _generate(state, body, prompt, params, limit, f"{name}-{number}")
+            state.engine.generate(
+                prompt,
+                params,
+                max_tokens=limit,
+                bad_words=bad_words,
+                arrival_time=arrived,
+                priority=body.priority or 0,
+                cache_salt=body.cache_salt or "",
+                request_id=f"{name}-{number}",
+            )
             for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         ]
     state.metrics.prompt(sum(len(prompt.token_ids) for prompt in prompts))
@@ -72,19 +82,6 @@ async def _prompt(state: ServerState, body: CompletionRequest, prompt: str | lis
         add_special_tokens=body.add_special_tokens is not False,
         truncate=body.truncate_prompt_tokens,
         want_text=bool(body.echo),
-    )
-
-
-def _generate(
-    state: ServerState, body: CompletionRequest, prompt: ProcessedPrompt, params: SamplingParams, limit: int, name: str
-) -> ResponseStream:
-    return state.engine.generate(
-        prompt,
-        params,
-        max_tokens=limit,
-        priority=body.priority or 0,
-        cache_salt=body.cache_salt or "",
-        request_id=name,
     )
 
 
@@ -118,12 +115,13 @@ class _Completion:
         """The response in one piece."""
         answers = [Answer() for _ in range(self._n * len(self._prompts))]
         prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
-        async for number, delta in run(self._state, self._streams):
-            delta = self._trimmed(delta)
-            answers[number * self._n + delta.index].add(delta)
-            self._usage.add(number, delta)
-            if delta.prompt_logprobs is not None:
-                prompt_logprobs[number] = delta.prompt_logprobs
+        async with aclosing(run(self._state, self._streams)) as deltas:
+            async for number, delta in deltas:
+                delta = self._trimmed(delta)
+                answers[number * self._n + delta.index].add(delta)
+                self._usage.add(number, delta)
+                if delta.prompt_logprobs is not None:
+                    prompt_logprobs[number] = delta.prompt_logprobs
         choices = [
             self._choice(index, answer, prompt_logprobs.get(index // self._n)) for index, answer in enumerate(answers)
         ]
@@ -133,18 +131,19 @@ class _Completion:
         """The chunks of a stream."""
         begun: set[int] = set()
         offsets = [0] * (self._n * len(self._prompts))
-        async for number, delta in run(self._state, self._streams):
-            delta = self._trimmed(delta)
-            self._usage.add(number, delta)
-            index = number * self._n + delta.index
-            if index not in begun and self._body.echo:
-                text = self._prompts[number].text or ""
-                offsets[index] = len(text)
-                yield self._chunk(index, text, None)
-            first = index not in begun
-            begun.add(index)
-            if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
-                yield self._delta_chunk(index, delta, offsets, first=first)
+        async with aclosing(run(self._state, self._streams)) as deltas:
+            async for number, delta in deltas:
+                delta = self._trimmed(delta)
+                self._usage.add(number, delta)
+                index = number * self._n + delta.index
+                if index not in begun and self._body.echo:
+                    text = self._prompts[number].text or ""
+                    offsets[index] = len(text)
+                    yield self._chunk(index, text, None)
+                first = index not in begun
+                begun.add(index)
+                if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
+                    yield self._delta_chunk(index, delta, offsets, first=first)
         if self._body.include_usage:
             yield {**self._head, "choices": [], "usage": self._usage.json()}
 

@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
-    429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
 }

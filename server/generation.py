@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,13 +77,14 @@ async def run(state: ServerState, streams: Sequence[ResponseStream]) -> AsyncGen
         EngineDeadError: the engine process ended.
     """
     last_token_at: dict[tuple[int, int], float] = {}
-    async for number, delta in _merge(streams):
-        if delta.error is not None:
-            raise ApiError(500, delta.error)
-        now, answer = time.monotonic(), (number, delta.index)
-        state.metrics.delta(delta, last_token_at.get(answer, 0.0), now)
-        last_token_at[answer] = now
-        yield number, delta
+    async with aclosing(_merge(streams)) as deltas:
+        async for number, delta in deltas:
+            now, answer = time.monotonic(), (number, delta.index)
+            state.metrics.delta(delta, last_token_at.get(answer, 0.0), now)
+            if delta.error is not None:
+                raise ApiError(500, delta.error)
+            last_token_at[answer] = now
+            yield number, delta
 
 
 def abort(state: ServerState, streams: Sequence[ResponseStream]) -> None:
@@ -117,7 +119,7 @@ async def _merge(streams: Sequence[ResponseStream]) -> AsyncGenerator[tuple[int,
 
 def shown_logprob(value: float) -> float:
     """A log probability that JSON can hold."""
-    return max(value, _LOWEST_LOGPROB)
+    return value if value > _LOWEST_LOGPROB else _LOWEST_LOGPROB  # NaN too becomes the lowest
 
 
 def prompt_logprobs_json(entries: list[TokenLogprobs | None] | None) -> list[Any] | None:

@@ -48,7 +48,7 @@ class Metrics:
         """Tokens came for an answer whose last ones came at `since`; 0 for the first."""
         count = len(delta.token_ids)
         self._generation_tokens.inc(count)
-        if not since:
+        if count and not since:
             self._first_token.observe(now - delta.metrics.arrival_time)
         elif count:
             for _ in range(count):

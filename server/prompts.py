@@ -74,7 +74,8 @@ def _process(
 
 
 def _checked_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    reserved = {"chat_template", "tokenize", "tools", "documents", "conversation", "messages", "return_dict",
+    reserved = {"self", "conversations",
+                "chat_template", "tokenize", "tools", "documents", "conversation", "messages", "return_dict",
                 "add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length",
                 "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs"}  # fmt: skip
     for name in kwargs:

@@ -2,15 +2,29 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from engine.sampling_params import MAX_LIST, SamplingParams
 
 MAX_MESSAGES = 1024
 MAX_PARTS = 1024
 MAX_PROMPTS = 128
+_LONGEST_ID = 12
+"""Digits of a token id, and more."""
 
-_Bias = Annotated[dict[str, float], Field(max_length=MAX_LIST)]
+# The first wrong element ends the check of a list, however long that is.
+_Ids = Annotated[list[int], Field(fail_fast=True)]
+_Texts = Annotated[list[str], Field(fail_fast=True)]
+
+
+def _few(bias: Any) -> Any:
+    """Counted before the entries are looked at one by one."""
+    if isinstance(bias, dict) and len(bias) > MAX_LIST:
+        raise ValueError(f"holds {len(bias)} entries: at most {MAX_LIST} are allowed")
+    return bias
+
+
+_Bias = Annotated[dict[str, float], BeforeValidator(_few)]
 
 
 class _Model(BaseModel):
@@ -35,7 +49,7 @@ class SamplingFields(_Model):
     top_k: int | None = None
     min_p: float | None = None
     n: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | _Texts | None = None
     seed: int | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -46,11 +60,11 @@ class SamplingFields(_Model):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: _Ids | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
+    bad_words: _Texts | None = None
+    allowed_token_ids: _Ids | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
@@ -172,9 +186,9 @@ class Message(_Model):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], Field(max_length=MAX_PARTS)] | None = None
+    content: str | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -185,7 +199,7 @@ class Message(_Model):
 class TemplateFields(_Model):
     """How a conversation becomes a prompt."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -249,7 +263,7 @@ class CompletionRequest(SamplingFields):
     """`POST /v1/completions`."""
 
     prompt: Annotated[
-        str | list[str] | list[int] | list[list[int]],
+        str | _Texts | _Ids | Annotated[list[_Ids], Field(fail_fast=True)],
         Field(description="one prompt or several, as text or as token ids"),
     ]
     echo: bool | None = False
@@ -284,7 +298,7 @@ class CompletionRequest(SamplingFields):
 
     def params(self, defaults: dict[str, Any]) -> SamplingParams:
         """The engine's parameters."""
-        wanted = 16 if self.max_tokens is None else max(self.max_tokens, 1)
+        wanted = 16 if self.max_tokens is None else 1 if self.max_tokens == 0 else self.max_tokens
         params = self.sampling_params(defaults, max_tokens=wanted, logprobs=self.logprobs)
         if self.echo and self.logprobs is not None and params.prompt_logprobs is None:
             params.prompt_logprobs = self.logprobs
@@ -308,17 +322,25 @@ class TokenizeChatRequest(TemplateFields):
 
     model: str | None = None
     return_token_strs: bool | None = False
+    tools: Any = None
+    truncate_prompt_tokens: Any = None
+
+    def check_template_fields(self) -> None:
+        """Raise `ValueError` for contradictions, and for what is not there."""
+        super().check_template_fields()
+        for name in ("tools", "truncate_prompt_tokens"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is not available for tokenizing messages")
 
 
 class DetokenizeRequest(_Model):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: _Ids
 
 
 def _bias(given: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token): bias for token, bias in given.items()}
-    except ValueError:
-        raise ValueError("logit_bias: its keys must be token ids") from None
+    if not all(token.isascii() and token.isdigit() and len(token) < _LONGEST_ID for token in given):
+        raise ValueError("logit_bias: its keys must be token ids")
+    return {int(token): bias for token, bias in given.items()}

@@ -25,6 +25,12 @@ from server.version import program_version
 Body = TypeVar("Body", bound=BaseModel)
 Result = TypeVar("Result")
 
+_VALUES = 1 << 16
+_VALUES_PER_TOKEN = 16
+"""A body may hold so many JSON values, and for each token of the context so many more: far above what any request
+needs, and few enough that checking each takes no time that others would notice.
+"""
+
 # Bodies above this many bytes are parsed in a thread, so that others' tokens do not wait for it.
 _PARSED_AT_ONCE = 64 << 10
 
@@ -145,6 +151,9 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
             raise _too_large(limit)
         chunks.append(chunk)
     body = b"".join(chunks)
+    most = _VALUES + _VALUES_PER_TOKEN * state_of(request).inputs.max_model_len
+    if body.count(b",") > most:
+        raise ApiError(400, f"the body holds more than {most} JSON values (counted by its commas)")
     if size <= _PARSED_AT_ONCE:
         return kind.model_validate_json(body)
     return await asyncio.to_thread(kind.model_validate_json, body)

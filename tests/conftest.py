@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the Hub is wrong; 
 
 import torch
 
-from demo.random_checkpoint import CheckpointSpec, build_checkpoint
+from tests.random_checkpoint import CheckpointSpec, build_checkpoint
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

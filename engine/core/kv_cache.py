@@ -40,11 +40,15 @@ class KVCache:
         """Tokens that the whole cache holds."""
         return self.num_blocks * self.block_size
 
+    def looks_up(self, request: Request) -> bool:
+        """Whether a request may start with cached blocks; log probabilities of the prompt take computing all of it."""
+        return self.enable_prefix_caching and request.source.params.prompt_logprobs is None
+
     def find_prefix(self, request: Request) -> list[int]:
         """The cached blocks that a request may start with; its last token is never among them, since computing that
         one gives the logits.
         """
-        if not self.enable_prefix_caching or request.source.params.prompt_logprobs is not None:
+        if not self.looks_up(request):
             return []
         found: list[int] = []
         for index in range((len(request.token_ids) - 1) // self.block_size):

@@ -32,7 +32,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     """Of the full blocks of known tokens, as far as asked for."""
     num_registered: int = 0
-    """Leading blocks that the prefix cache knows."""
+    """Leading blocks that were made known to the prefix cache, or were so already."""
     held_images: set[bytes] = field(default_factory=set)
     """Hashes whose features the encoder cache keeps for this request."""
     scheduled_time: float = 0.0

@@ -190,7 +190,7 @@ class Scheduler:
         if not request.scheduled_time:
             request.scheduled_time = self._clock()
             request.num_cached_tokens = request.num_computed_tokens
-            if self.kv_cache.enable_prefix_caching:
+            if self.kv_cache.looks_up(request):
                 self.kv_cache.queries += len(request.token_ids)
                 self.kv_cache.hits += request.num_computed_tokens
         step.new_requests.append(NewRequest(request.source, list(request.token_ids), list(request.block_ids)))

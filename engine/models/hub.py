@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from engine.errors import ModelLoadError
+from engine.errors import ModelLoadError, one_line
 
 _CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
 _WEIGHT_FILES = ["*.safetensors"]
@@ -73,14 +73,14 @@ def resolve_model(model: str, revision: str | None = None, *, weights: bool = Tr
     return folder
 
 
-def resolve_tokenizer(name: str, revision: str | None = None) -> Path:
+def resolve_tokenizer(name: str) -> Path:
     """Return a folder that holds a tokenizer, downloading no more than that from the Hub.
 
     Raises:
         ModelLoadError: there is no such tokenizer or it cannot be had; the message says what to do.
     """
     folder = _local_folder(name, "tokenizer")
-    folder = folder or _download(name, revision, _TOKENIZER_FILES, "tokenizer")
+    folder = folder or _download(name, None, _TOKENIZER_FILES, "tokenizer")
     if not any((folder / file).is_file() for file in _VOCABULARY_FILES):
         raise ModelLoadError(f"tokenizer {name} holds none of {', '.join(_VOCABULARY_FILES)}")
     return folder
@@ -114,7 +114,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{file} cannot be read: {_one_line(error)}") from error
+        raise ModelLoadError(f"{file} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ModelLoadError(f"{file} cannot be read: it holds no JSON object")
     return content
@@ -204,7 +204,7 @@ def _explain_interrupted(error: Exception) -> str:
     if numbers.intersection(_CLOSED_DISK):
         return f"cannot be stored: {constants.HF_HUB_CACHE} cannot be written: set HF_HOME to a folder that can"
     return (
-        f"cannot be downloaded ({type(error).__name__}: {_one_line(error)}): check network and proxy, then "
+        f"cannot be downloaded ({type(error).__name__}: {one_line(error)}): check network and proxy, then "
         "start again: finished files are kept"
     )
 
@@ -217,7 +217,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -2,6 +2,8 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ from tqdm import tqdm
 
 from engine.attention import attention_backend
 from engine.config import EngineConfig
-from engine.errors import ModelLoadError
+from engine.errors import ModelLoadError, one_line
 from engine.models.llama import LlamaForCausalLM, head_dim
 from engine.models.llava import LlavaForConditionalGeneration
 from engine.models.weights import canonical_name, is_unneeded, target
 
 _DUMMY_STD = 0.02
 _NAMED_IN_ERRORS = 5
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def load_model(config: EngineConfig) -> LlamaForCausalLM:
@@ -32,7 +35,7 @@ def load_model(config: EngineConfig) -> LlamaForCausalLM:
     text_config = config.text_config
     if "lm_head.weight" in files:
         text_config.tie_word_embeddings = False  # a head of its own wins over the promise to share one
-    model = _build(config).to(config.dtype)
+    model = _build(config)
     model.to_empty(device=config.device)
     model.requires_grad_(False)
     model.eval()
@@ -40,17 +43,32 @@ def load_model(config: EngineConfig) -> LlamaForCausalLM:
         _fill_randomly(model, config.seed)
     else:
         _fill(model, files, config)
-    model.finish(config.max_model_len, config.dtype, config.device)
+    with _blaming_config():
+        model.finish(config.max_model_len, config.dtype, config.device)
     return model
 
 
 def _build(config: EngineConfig) -> LlamaForCausalLM:
     backend = attention_backend(config.device)
-    with torch.device("meta"):
+    model: LlamaForCausalLM
+    with _blaming_config(), torch.device("meta"):
         if config.vision is None:
-            return LlamaForCausalLM(config.hf_config, backend)
-        with_tower = config.vision.input_type == "pixel_values"
-        return LlavaForConditionalGeneration(config.hf_config, backend, with_tower=with_tower)
+            model = LlamaForCausalLM(config.hf_config, backend)
+        else:
+            with_tower = config.vision.input_type == "pixel_values"
+            model = LlavaForConditionalGeneration(config.hf_config, backend, with_tower=with_tower)
+        return model.to(config.dtype)
+
+
+@contextmanager
+def _blaming_config() -> Iterator[None]:
+    """Any value of config.json may be one that no model can be built with, and fail in any way."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(f"no model can be built from config.json: {one_line(error)}") from error
 
 
 def _fill_randomly(model: nn.Module, seed: int) -> None:
@@ -69,18 +87,28 @@ def _tensor_files(folder: Path) -> dict[str, tuple[Path, str]]:
     try:
         if index.is_file():
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {canonical_name(name): (folder / file, name) for name, file in weight_map.items()}
-        single = folder / "model.safetensors"
-        paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise ModelLoadError(f"{folder} holds no *.safetensors file; other formats are not loaded")
-        found: dict[str, tuple[Path, str]] = {}
-        for path in paths:
-            with safe_open(path, framework="pt") as file:
-                found |= {canonical_name(name): (path, name) for name in file.keys()}  # noqa: SIM118
-        return found
+            stored = [(name, folder / file) for name, file in weight_map.items()]
+        else:
+            single = folder / "model.safetensors"
+            paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+            stored = [(name, path) for path in paths for name in _names(path)]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelLoadError(f"the weights in {folder} cannot be read: {error}") from error
+        raise ModelLoadError(f"the weights in {folder} cannot be read: {one_line(error)}") from error
+    if not stored:
+        raise ModelLoadError(f"{folder} holds no *.safetensors file; other formats are not loaded")
+    found: dict[str, tuple[Path, str]] = {}
+    for name, path in stored:
+        canonical = canonical_name(name)
+        if canonical in found:
+            other = found[canonical]
+            raise ModelLoadError(f"two tensors are the same: {other[1]} in {other[0].name}, {name} in {path.name}")
+        found[canonical] = path, name
+    return found
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 def _fill(model: LlamaForCausalLM, files: dict[str, tuple[Path, str]], config: EngineConfig) -> None:
@@ -122,11 +150,13 @@ def _fill_from(
             for name, stored in names:
                 tensor = file.get_tensor(stored)
                 place = _place(name, parameters, config)
-                if name.endswith("patch_embedding.weight"):
-                    tensor = tensor.flatten(1)
-                if tensor.shape != place.shape:
-                    raise ModelLoadError(f"{stored} has shape {tuple(tensor.shape)}, not {tuple(place.shape)}")
-                place.copy_(tensor)
+                shape = _stored_shape(name, place, config)
+                if tensor.shape != shape:
+                    raise ModelLoadError(f"{stored} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+                if tensor.dtype not in _DTYPES:
+                    kind = str(tensor.dtype).removeprefix("torch.")
+                    raise ModelLoadError(f"{stored} is stored as {kind}: float16, bfloat16 and float32 are loaded")
+                place.copy_(tensor.reshape(place.shape))
                 progress.update(place.nbytes)
     except (OSError, SafetensorError) as error:
         raise ModelLoadError(f"{path.name} cannot be read: {error}") from error
@@ -146,6 +176,14 @@ def _place(name: str, parameters: dict[str, nn.Parameter], config: EngineConfig)
     heads = [text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads]
     parts: tuple[Tensor, ...] = torch.split(whole, [count * head_dim(text) for count in heads])
     return parts[part]
+
+
+def _stored_shape(name: str, place: Tensor, config: EngineConfig) -> torch.Size:
+    """What a checkpoint holds for a place: patch embeddings are convolutions there, matrices here."""
+    if not name.endswith("patch_embedding.weight"):
+        return place.shape
+    tower = config.hf_config.vision_config
+    return torch.Size((place.shape[0], tower.num_channels, tower.patch_size, tower.patch_size))
 
 
 def _expected(parameters: dict[str, nn.Parameter]) -> set[Any]:

@@ -164,8 +164,9 @@ def gather_logprobs(logits: Tensor, taken: Tensor, count: int) -> Logprobs:
     logprobs = logits.log_softmax(-1)
     of_taken = logprobs.gather(1, taken.unsqueeze(1))
     rank = (logprobs > of_taken).sum(-1) + 1
-    values, ids = logprobs.topk(count, dim=-1)
-    return Logprobs(of_taken.squeeze(1), rank, values, ids)
+    # A stable sort has the lower id first among equals, as the choice of greedy tokens has.
+    values, ids = logprobs.sort(dim=-1, descending=True, stable=True)
+    return Logprobs(of_taken.squeeze(1), rank, values[:, :count].contiguous(), ids[:, :count].contiguous())
 
 
 def has_penalty(params: SamplingParams) -> bool:

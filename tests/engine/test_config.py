@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from demo.random_checkpoint import CheckpointSpec
-from engine.args import EngineArgs
+from engine.args import DEMO_MODEL, EngineArgs
 from engine.config import EngineConfig, create_config
 from engine.errors import ModelLoadError
 from tests.conftest import MakeCheckpoint
+from tests.random_checkpoint import CheckpointSpec
 
 SPEC = CheckpointSpec()
 OPTIONAL = {flag.name for flag in EngineArgs.flags() if flag.default is None}
@@ -208,8 +208,13 @@ def test_what_is_no_integer(flag: str, value: Any, folder: Path) -> None:
 
 
 def test_no_model() -> None:
-    with pytest.raises(ValueError, match="--model is missing"):
-        create_config(EngineArgs())
+    with pytest.raises(ValueError, match="--model is empty"):
+        create_config(EngineArgs(""))
+
+
+def test_demo_model_is_the_default() -> None:
+    made = create_config(EngineArgs(device="cpu"))
+    assert (made.model_path, made.served_names, made.dtype) == (DEMO_MODEL, ["demo"], torch.float32)
 
 
 def test_no_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

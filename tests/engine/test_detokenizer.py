@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
-from demo.random_checkpoint import CheckpointSpec, build_checkpoint
-from demo.random_tokenizer import BASE_VOCAB, BOS_ID, EOS_ID
 from engine.detokenizer import Detokenizer, StopMatcher, TokenBytes
 from engine.messages import EngineOutput, EngineRequest, PositionLogprobs
 from engine.output_processor import OutputProcessor
 from engine.outputs import Delta
 from engine.sampling_params import SamplingParams
+from tests.random_checkpoint import CheckpointSpec, build_checkpoint
+from tests.random_tokenizer import BASE_VOCAB, BOS_ID, EOS_ID
 
 FIRST_BYTE = 3  # the id of <0x00>
 FIRST_WORD = FIRST_BYTE + 256

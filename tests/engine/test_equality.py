@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from demo.random_checkpoint import CheckpointSpec
 from engine import LLM, SamplingParams
 from tests.conftest import MakeCheckpoint
 from tests.oracle import hf_generate
+from tests.random_checkpoint import CheckpointSpec
 
 FACTORS = {"short_factor": [1.0] * 4 + [1.5] * 4, "long_factor": [2.0] * 4 + [3.0] * 4}
 LLAMA3 = {

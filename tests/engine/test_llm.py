@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from demo.random_checkpoint import CheckpointSpec
 from engine import LLM, SamplingParams
 from engine.multimodal import ImageFeatureData, ImagePixelData
 from tests.conftest import MakeCheckpoint
 from tests.oracle import hf_generate, hf_logits, hf_model, pixel_values
+from tests.random_checkpoint import CheckpointSpec
 
 SPEC = CheckpointSpec(seed=2, num_key_value_heads=2)
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -113,7 +113,7 @@ def test_features_need_no_tower(folder: Path, llm: LLM, photos: list[Image.Image
         ({"prompt": "<image>", "multi_modal_data": {"video": "PHOTO"}}, "multi_modal_data"),
         ({"prompt": "<image>", "multi_modal_data": {"image": "a string"}}, "str"),
         ({"prompt": "<image>", "multi_modal_data": {"image": torch.zeros(3, 56, 56)}}, r"\(3, 56, 56\).*\(1, 3, 56"),
-        ({"prompt": "<image>", "multi_modal_data": {"image": np.zeros((4, 4), np.uint8)}}, r"\(4, 4\)"),
+        ({"prompt": "<image>", "multi_modal_data": {"image": np.zeros((4, 4, 2), np.uint8)}}, r"\(4, 4, 2\)"),
         ({"prompt": "<image>", "multi_modal_data": ImageFeatureData(torch.zeros(1, 16, 32))}, "ImagePixelData"),
         ({"prompt_token_ids": [1, 5000]}, "5000"),
         ({"prompt_token_ids": []}, "empty"),
@@ -479,7 +479,7 @@ def test_sources_that_cannot_be_read(llm: LLM, source: Any, message: str) -> Non
     ("template", "message"),
     [
         ("/no/such/file", "neither a template nor a readable file"),
-        ("{{ broken( }}", "refuses the messages"),
+        ("{{ broken( }}", "no valid Jinja: line 1"),
         ("{{ raise_exception('only users') }}", "refuses the messages: only users"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ 1 / 0 }}", "cannot render the messages: division by zero"),

@@ -4,6 +4,8 @@ from typing import Any
 import pytest
 
 from engine.sampling_params import (
+    MAX_BAD_WORD_LENGTH,
+    MAX_BAD_WORDS,
     MAX_LIST,
     MAX_LOGPROBS,
     MAX_N,
@@ -91,8 +93,16 @@ def test_stop_becomes_a_list(given: Any, expected: list[str]) -> None:
         {"allowed_token_ids": [-1]},
         {"allowed_token_ids": [1] * (MAX_LIST + 1)},
         {"bad_words": [""]},
-        {"bad_words": ["a"] * (MAX_LIST + 1)},
-        {"bad_words": ["a" * (MAX_STOP_LENGTH + 1)]},
+        {"bad_words": ["a"] * (MAX_BAD_WORDS + 1)},
+        {"bad_words": ["a" * (MAX_BAD_WORD_LENGTH + 1)]},
+        {"bad_words": "abc"},
+        {"bad_words": [5]},
+        {"stop": 5},
+        {"stop_token_ids": 5},
+        {"allowed_token_ids": 5},
+        {"logit_bias": [1]},
+        {"logit_bias": {1: "2"}},
+        {"logit_bias": {1: None}},
         {"logit_bias": {-1: 1}},
         {"logit_bias": {1: 100.1}},
         {"logit_bias": {1: -100.1}},
@@ -111,7 +121,7 @@ def test_largest_lists() -> None:
         stop=["a" * MAX_STOP_LENGTH] * MAX_STOP_STRINGS,
         stop_token_ids=[1] * MAX_LIST,
         allowed_token_ids=[0] * MAX_LIST,
-        bad_words=["a" * MAX_STOP_LENGTH] * MAX_LIST,
+        bad_words=["a" * MAX_BAD_WORD_LENGTH] * MAX_BAD_WORDS,
         logit_bias=dict.fromkeys(range(MAX_LIST), -100),
     )
     assert params.logit_bias is not None
@@ -143,3 +153,23 @@ def test_counts_beyond_any_context_are_refused(name: str) -> None:
     """They would not fit the wire."""
     with pytest.raises(ValueError, match=f"^{name} is .* at most 2147483647"):
         SamplingParams(**{"max_tokens": None, name: 10**30})
+
+
+@pytest.mark.parametrize("name", ["n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "min_tokens",
+                                  "frequency_penalty", "repetition_penalty", "ignore_eos", "skip_special_tokens",
+                                  "include_stop_str_in_output"])  # fmt: skip
+def test_none_where_a_value_is_needed(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} is None: it must be "):
+        SamplingParams(**{name: None})
+
+
+@pytest.mark.parametrize("name", ["ignore_eos", "skip_special_tokens", "include_stop_str_in_output"])
+@pytest.mark.parametrize("value", ["no", 1, []])
+def test_switches_are_booleans(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} is .*: it must be True or False"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["stop", "stop_token_ids", "bad_words"])
+def test_no_list_is_an_empty_one(name: str) -> None:
+    assert getattr(SamplingParams(**{name: None}), name) == []

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from demo.random_checkpoint import CheckpointSpec
 from engine import LLM, SamplingParams
 from tests.conftest import MakeCheckpoint
 from tests.oracle import hf_generate
+from tests.random_checkpoint import CheckpointSpec
 
 SPECS = {
     "mha": CheckpointSpec(seed=1),

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from demo.random_checkpoint import CheckpointSpec, build_checkpoint
 from engine.args import EngineArgs
 from engine.config import EngineConfig, create_config
 from engine.errors import ModelLoadError
 from server.args import ServerArgs, parse_args
 from tests.conftest import MakeCheckpoint
+from tests.random_checkpoint import CheckpointSpec, build_checkpoint
 from tests.server.launch import run_to_end
 
 GROUPS = ("model", "vision", "media", "scheduler and cache", "parallel", "server")

@@ -14,9 +14,9 @@ from openai import AsyncOpenAI
 from PIL import Image
 from transformers import AutoTokenizer
 
-from demo.random_checkpoint import CheckpointSpec
 from tests.conftest import MakeCheckpoint
 from tests.oracle import hf_generate, hf_prompt_ids
+from tests.random_checkpoint import CheckpointSpec
 from tests.server.launch import Launch, Server, assistant, data_url, image_part, text_part, user
 
 MAX_TOKENS = 24

@@ -14,8 +14,8 @@ import httpx
 import openai
 import pytest
 
-from demo.random_checkpoint import CheckpointSpec
 from tests.conftest import MakeCheckpoint
+from tests.random_checkpoint import CheckpointSpec
 from tests.server.errors import check_error, error_of
 from tests.server.launch import Launch, Server, data_url, image_part, run_to_end, user
 

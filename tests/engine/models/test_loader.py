@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from demo.random_checkpoint import CheckpointSpec
 from engine import LLM, SamplingParams
 from engine.errors import ModelLoadError
 from tests.conftest import MakeCheckpoint
 from tests.oracle import hf_generate
+from tests.random_checkpoint import CheckpointSpec
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 NORM = "language_model.model.norm.weight"

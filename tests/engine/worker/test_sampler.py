@@ -46,6 +46,7 @@ class Row:
     prompt: list[int]
     output: list[int] = field(default_factory=list)
     seed: int = 0
+    bad_words: list[list[int]] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[int]:
@@ -60,7 +61,7 @@ def naive_rules(logits: Sequence[float], sequence: Row) -> list[float]:
         banned = params.allowed_token_ids is not None and token not in params.allowed_token_ids
         ends = {*params.stop_token_ids, *([] if params.ignore_eos else [EOS])}
         banned |= len(output) < params.min_tokens and token in ends
-        for word in params.bad_words_token_ids:
+        for word in sequence.bad_words:
             beginning = word[:-1]
             banned |= token == word[-1] and (not beginning or output[-len(beginning) :] == beginning)
         scores[token] = NEVER if banned else scores[token] + (params.logit_bias or {}).get(token, 0)
@@ -117,8 +118,9 @@ class Bench:
     def add(self, sequence: Row) -> Slot:
         self._number += 1
         request = EngineRequest(
-            str(self._number), sequence.prompt, sequence.params, 100, seed=sequence.seed, eos_token_ids=[EOS]
-        )
+            str(self._number), sequence.prompt, sequence.params, 100, seed=sequence.seed, eos_token_ids=[EOS],
+            bad_words=sequence.bad_words,
+        )  # fmt: skip
         slot = self.batch.add(NewRequest(request, sequence.tokens, []))
         self.sampler.add(slot, sequence.tokens)
         return slot
@@ -165,7 +167,6 @@ all_params: st.SearchStrategy[SamplingParams] = st.builds(
     stop_token_ids=st.lists(st.integers(4, 8), max_size=2),
     min_tokens=st.sampled_from([0, 0, 1, 4]),
     ignore_eos=st.booleans(),
-    bad_words_token_ids=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), max_size=4),
 )
 all_sequences = st.builds(
     Row,
@@ -173,6 +174,7 @@ all_sequences = st.builds(
     prompt=st.lists(token_ids, min_size=1, max_size=6),
     output=st.lists(st.integers(0, 5), max_size=5),
     seed=st.integers(-(2**63), 2**63 - 1),
+    bad_words=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), max_size=4),
 )
 
 
@@ -213,12 +215,13 @@ def test_every_parameter_alone() -> None:
         {"min_tokens": 6},
         {"min_tokens": 6, "stop_token_ids": [1, 2]},
         {"min_tokens": 6, "stop_token_ids": [1, 2], "ignore_eos": True},
-        {"bad_words_token_ids": [[1], [2, 2], [1, 2, 4]]},
+        {"bad_words": [[1], [2, 2], [1, 2, 4]]},
     ]
     for number, case in enumerate(cases):
         for temperature in (0.0, 1.0):
-            params = SamplingParams(**{"temperature": temperature, **case})
-            sequence = Row(params, [1, 2, 2, 8], [2, 2], seed=number)
+            words = case.get("bad_words", [])
+            params = SamplingParams(**{"temperature": temperature} | {k: case[k] for k in case.keys() - {"bad_words"}})
+            sequence = Row(params, [1, 2, 2, 8], [2, 2], seed=number, bad_words=words)
             bench = Bench()
             slot = bench.add(sequence)
             for draw in range(12):
@@ -311,12 +314,13 @@ def test_distribution(params: dict[str, Any]) -> None:
 def test_bad_word_does_not_begin_in_the_prompt() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 5] = 1
-    params = SamplingParams(temperature=0, bad_words_token_ids=[[7, 5], [8, 7, 5]])
-    assert once(logits, Row(params, [8, 7])) == [5]
-    assert once(logits, Row(params, [8], [7])) == [0]
-    only_long = SamplingParams(temperature=0, bad_words_token_ids=[[8, 7, 5]])
-    assert once(logits, Row(only_long, [8], [7])) == [5]
-    assert once(logits, Row(only_long, [1], [8, 7])) == [0]
+    params = SamplingParams(temperature=0)
+    both = [[7, 5], [8, 7, 5]]
+    assert once(logits, Row(params, [8, 7], bad_words=both)) == [5]
+    assert once(logits, Row(params, [8], [7], bad_words=both)) == [0]
+    only_long = [[8, 7, 5]]
+    assert once(logits, Row(params, [8], [7], bad_words=only_long)) == [5]
+    assert once(logits, Row(params, [1], [8, 7], bad_words=only_long)) == [0]
 
 
 def test_logprobs_and_ranks() -> None:
@@ -390,3 +394,16 @@ def test_forbidden_tokens_never_come() -> None:
     slots = [bench.add(sequence) for sequence in sequences]
     for step in range(40):
         assert set(bench.sample(random_logits(8, step), slots, sequences)) <= {2, 5}
+
+
+def test_a_bad_word_longer_than_the_sequence() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 5] = 1
+    assert once(logits, Row(SamplingParams(temperature=0), [8], bad_words=[[5], [1] * 40 + [5]])) == [0]
+
+
+def test_equal_logprobs_stand_in_the_order_of_ids() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, [4, 9, 7]] = 2
+    taken = logits.argmax(-1)
+    assert gather_logprobs(logits, taken, 4).top_ids.tolist() == [[4, 7, 9, 0]]

@@ -1,16 +1,15 @@
 """The tokenizer of the random checkpoints: Llama's kind, trained on a page of text."""
 
-import json
-import string
+from tokenizers import Tokenizer
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from demo.tokenizer import BOS_ID, EOS_ID, special_ids, train_tokenizer
 
-UNK, BOS, EOS, IMAGE, PAD = "<unk>", "<s>", "</s>", "<image>", "<pad>"
-BYTE_TOKENS = [f"<0x{value:02X}>" for value in range(256)]
 BASE_VOCAB = 700
-BOS_ID, EOS_ID, IMAGE_ID, PAD_ID = 1, 2, BASE_VOCAB, BASE_VOCAB + 1
+SPECIAL_IDS = special_ids(BASE_VOCAB)
+IMAGE_ID, PAD_ID = BASE_VOCAB, BASE_VOCAB + 1
 TOKENIZER_SIZE = BASE_VOCAB + 2
-SPECIAL_IDS = {UNK: 0, BOS: BOS_ID, EOS: EOS_ID, IMAGE: IMAGE_ID, PAD: PAD_ID}
+
+__all__ = ["BASE_VOCAB", "BOS_ID", "EOS_ID", "IMAGE_ID", "PAD_ID", "TOKENIZER_SIZE", "build_tokenizer"]
 
 # What the tokenizer is trained on. Changing it changes every token id.
 CORPUS = """\
@@ -38,29 +37,5 @@ They would rather have gone with their brother, but he thought that he should wa
 
 
 def build_tokenizer() -> Tokenizer:
-    """A Llama-style byte-fallback BPE over `CORPUS`, with `<image>` and `<pad>` as its last tokens."""
-    trained = Tokenizer(models.BPE(byte_fallback=True))
-    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
-    trainer = trainers.BpeTrainer(
-        vocab_size=BASE_VOCAB,
-        special_tokens=[UNK, BOS, EOS, *BYTE_TOKENS],
-        initial_alphabet=list(string.ascii_letters + string.digits + string.punctuation),
-        show_progress=False,
-    )
-    trained.train_from_iterator(CORPUS.splitlines(), trainer)
-    model = json.loads(trained.to_str())["model"]
-    merges = [(left, right) for left, right in model["merges"]]
-
-    # From here on the same parts as transformers' LlamaTokenizer, which rebuilds them from vocabulary and merges.
-    tokenizer = Tokenizer(
-        models.BPE(model["vocab"], merges, unk_token=UNK, fuse_unk=True, byte_fallback=True, dropout=None)
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, BOS_ID)]
-    )
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_IDS])
-    return tokenizer
+    """A tokenizer over `CORPUS`, with `<image>` and `<pad>` as its last tokens."""
+    return train_tokenizer(CORPUS.splitlines(), BASE_VOCAB)

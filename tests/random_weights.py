@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from demo.checkpoint_spec import CheckpointSpec
-from demo.random_tokenizer import BASE_VOCAB, BYTE_TOKENS
+from demo.tokenizer import BYTE_TOKENS
+from tests.random_tokenizer import BASE_VOCAB
 
 
 class KeyLayout(NamedTuple):

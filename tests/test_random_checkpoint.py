@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
 
-from demo.checkpoint_weights import state_dict
-from demo.random_checkpoint import CheckpointSpec, build_checkpoint
-from demo.random_tokenizer import BOS_ID, EOS_ID, IMAGE_ID
 from tests.conftest import MakeCheckpoint
 from tests.oracle import hf_generate, hf_logits, hf_margins, hf_prompt_ids
+from tests.random_checkpoint import CheckpointSpec, build_checkpoint
+from tests.random_tokenizer import BOS_ID, EOS_ID, IMAGE_ID
+from tests.random_weights import state_dict
 
 # Two float32 implementations differ by up to about 5e-5 in a logit.
 CLEAR = 1e-3
@@ -212,14 +210,11 @@ def test_index_names_every_tensor_where_it_is(checkpoint: MakeCheckpoint) -> Non
             assert set(shard.keys()) == {key for key, file in weight_map.items() if file == name}
 
 
-def test_command_builds_once_and_overwrites_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "demo.random_checkpoint", "--out", str(tmp_path / "made"), "--seed", "7"]
-    root = Path(__file__).parents[2]
-    subprocess.run(command, check=True, capture_output=True, cwd=root)
-    built = files(tmp_path / "made")
-    assert built == files(build_checkpoint(tmp_path / "expected", CheckpointSpec(seed=7)))
-    again = subprocess.run(command, check=False, capture_output=True, text=True, cwd=root)
-    assert again.returncode == 2 and "is not empty" in again.stderr
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    built = files(build_checkpoint(tmp_path / "made", CheckpointSpec(seed=7)))
+    assert built == files(build_checkpoint(tmp_path / "again", CheckpointSpec(seed=7)))
+    with pytest.raises(FileExistsError, match="is not empty"):
+        build_checkpoint(tmp_path / "made", CheckpointSpec(seed=8))
     assert files(tmp_path / "made") == built
 
 
