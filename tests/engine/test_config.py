@@ -336,3 +336,37 @@ def test_tokenizer_of_another_folder(folder: Path, tmp_path: Path) -> None:
     assert config(folder, tokenizer=str(tmp_path / "copy")).tokenizer_path == tmp_path / "copy"
     with pytest.raises(ModelLoadError, match="tokenizer"):
         config(folder, tokenizer=str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id is '2'"),
+        ("generation_config.json", {"eos_token_id": [[2]]}, "eos_token_id is"),
+        ("generation_config.json", {"temperature": "hot"}, "generation_config.json: temperature is 'hot'"),
+        ("generation_config.json", {"top_p": 0}, "generation_config.json: top_p is 0"),
+        ("config.json", {"vision_feature_layer": []}, "vision_feature_layer is empty"),
+    ],
+)
+def test_values_that_cannot_be_served(
+    file: str, change: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelLoadError, match=message):
+        config(changed(folder, tmp_path / "changed", file, lambda content: content.update(change)))
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [("vision_config", "patch_size", 0), ("text_config", "num_key_value_heads", 3), ("text_config", "vocab_size", -1)],
+)
+def test_sizes_that_cannot_be(part: str, name: str, value: int, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=name):
+        config(
+            changed(folder, tmp_path / "changed", "config.json", lambda content: content[part].update({name: value}))
+        )
+
+
+def test_end_of_text_of_the_whole_model_comes_before_that_of_its_language_model(folder: Path, tmp_path: Path) -> None:
+    other = changed(folder, tmp_path / "changed", "config.json", lambda content: content.update({"eos_token_id": 538}))
+    (other / "generation_config.json").unlink()
+    assert config(other).eos_token_ids == [538]

@@ -118,3 +118,13 @@ def test_first_frame_only() -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "F"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
     assert to_rgb(Image.new(mode, (5, 3))).mode == "RGB"
+
+
+def test_scan_bombs_are_refused(photos: list[Image.Image]) -> None:
+    file = io.BytesIO()
+    photos[0].save(file, "JPEG", progressive=True)
+    whole = file.getvalue()
+    assert decode_image(whole, max_pixels=10**7).size == photos[0].size
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    with pytest.raises(ImageError, match="too many scans"):
+        decode_image(whole[:-2] + scan * 100 + b"\xff\xd9", max_pixels=10**7)

@@ -569,3 +569,17 @@ def test_closed_engine_frees_its_model(folder: Path) -> None:
     with LLM(folder, dtype="float32", device="cpu") as llm:
         assert llm.generate("Hello", GREEDY)[0].finished
     assert not hasattr(llm, "_core")
+
+
+def test_words_that_cannot_be_sampled_need_no_ban(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some checkpoints' tokenizers have tokens that their models have not."""
+    params = SamplingParams(bad_words=["Hello"])
+    assert llm._inputs.bad_words(params)
+    monkeypatch.setattr(llm.config.text_config, "vocab_size", 259)
+    assert llm._inputs.bad_words(params) == []
+    assert params == SamplingParams(bad_words=["Hello"])
+
+
+def test_min_tokens_that_do_not_fit(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="min_tokens is 4000: at most"):
+        llm.generate("USER: Hello ASSISTANT:", SamplingParams(max_tokens=None, min_tokens=4000))

@@ -508,3 +508,30 @@ def test_a_bad_request_disturbs_nobody(server: Server, photo_files: list[Path]) 
     for fields, _, _ in BAD_FIELDS[:8]:
         assert chat(server, **fields).status_code == 400
     assert text_of(answer(server, [user(image_part(data_url(photo_files[1])))])) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": [{}] * 200_000}),
+        ("/v1/completions", {"prompt": [5] * 200_000}),
+        ("/v1/completions", {"prompt": [5] * 90_000 + ["x"]}),
+        ("/v1/completions", {"prompt": "a", "stop": [1] * 90_000}),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {str(i): "x" for i in range(90_000)}}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": -1}),
+        ("/tokenize", {"prompt": "a", "other": [[]] * 200_000}),
+        ("/detokenize", {"tokens": [5] * 20_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 500}] * 200}),
+        ("/v1/chat/completions", {"messages": [user("Hi")], "min_tokens": 100_000}),
+        ("/v1/chat/completions", {"messages": [user("Hi")], "chat_template_kwargs": {"self": 1}}),
+        ("/v1/chat/completions", {"messages": [user("Hi")], "chat_template_kwargs": {"conversations": 1}}),
+        (
+            "/v1/chat/completions",
+            {"messages": [user(text_part("<im"), text_part("age>"))]},
+        ),
+        ("/tokenize", {"messages": [user(text_part("<im"), text_part("age>"))]}),
+        ("/tokenize", {"messages": [user("Hi")], "truncate_prompt_tokens": 3}),
+    ],
+)
+def test_bodies_that_would_cost_much_or_mean_nothing(server: Server, path: str, body: dict[str, Any]) -> None:
+    error_of(server.post(path, body), 400)

@@ -53,6 +53,11 @@ def configured(folder: Path, target: Path, **changes: Any) -> Path:
         (lambda tensors: tensors.pop(QUERY), "missing: language_model.layers.1.self_attn.qkv_proj.weight"),
         (lambda tensors: tensors.update({"extra.weight": torch.zeros(1)}), "unused: extra.weight"),
         (lambda tensors: tensors.update({QUERY: torch.zeros(8, 64)}), f"{QUERY} has shape (8, 64), not (64, 64)"),
+        (lambda tensors: tensors.update({QUERY: torch.zeros(64, 64).to(torch.int8)}), f"{QUERY} is stored as int8"),
+        (
+            lambda tensors: tensors.update({"model.language_model.norm.weight": torch.zeros(64)}),
+            "two tensors are the same",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(
