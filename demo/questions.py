@@ -1,10 +1,10 @@
 """Questions about scenes, with their true answers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from demo.world import BACKGROUND_NAMES, COLOURS, KINDS, NUMBERS, PLACES, Bar, Scene, Shape
+from demo.world import COLOURS, KINDS, NUMBERS, PLACES, Bar, Scene, Shape
 
 CANNOT_TELL = "I cannot tell. This is not a picture that I understand."
 EMPTY = "I cannot tell. The picture seems to be empty."
@@ -432,8 +432,3 @@ _ABOUT_BARS: tuple[Asker, ...] = (
     _tallest, _tallest, _tallest, _bar_colour, _bar_colour, _taller, _taller, _count_bars, _background, _describe,
     _read_or_not,
 )  # fmt: skip
-
-
-def texts() -> Iterator[str]:
-    """Phrases that a tokenizer should know well."""
-    yield from (*KINDS, *COLOURS, *PLACES, *NUMBERS, *BACKGROUND_NAMES)
