@@ -51,7 +51,7 @@ def test_samples(client: OpenAI, file: str, question: str, answer: str) -> None:
 def test_ten_questions_of_a_kind(client: OpenAI, name: str) -> None:
     ask = asker(client, "demo")
     right = [ask(question) == question.answer for question in questions(name, 10)]
-    assert sum(right) >= 6, right
+    assert sum(right) >= (6 if name == "read" else 8), right
 
 
 def test_photographs_are_beyond_it(client: OpenAI, photo_files: list[Path]) -> None:
