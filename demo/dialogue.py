@@ -8,15 +8,15 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from demo.lexicon import WORDS
-from demo.questions import Turn
+from demo.phrases import Turn
 from demo.scenes import conversation, make_scene
 from demo.talk import all_texts
 from demo.tokenizer import BOS, EOS, IMAGE, train_tokenizer
 
-PHRASES = ("USER:", "ASSISTANT:")
+ANSWERER = "ASSISTANT:"
+PHRASES = ("USER:", ANSWERER)
 BASE_VOCAB = 2100
 VOCAB_SIZE = 2112
-
 
 _OPENINGS = ("Please tell me: ", "Tell me, ", "Hey, ", "Look at this. ", "Now: ", "OK. ")
 _SYSTEM = (
@@ -27,10 +27,16 @@ _SYSTEM = (
 
 
 class Tokens(NamedTuple):
-    """A conversation's token ids, and for each the number of the turn whose answer it belongs to; -1 for none."""
+    """Several conversations behind one beginning, its image included, that all of them share.
+
+    Each is to be read as if it alone followed the beginning.
+    """
 
     ids: list[int]
+    talk: list[int]
+    """For each token the number of its conversation, from 1; 0 for the beginning."""
     turn: list[int]
+    """For each token the number, from 0 over all conversations, of the turn whose answer it belongs to; -1 for none."""
 
 
 def build_tokenizer() -> Tokenizer:
@@ -66,25 +72,40 @@ def _system(random: Random) -> str:
     return random.choice(_SYSTEM) + " "
 
 
-def tokenize(tokenizer: Tokenizer, turns: list[Turn], *, with_image: bool, most_tokens: int, random: Random) -> Tokens:
-    """As many turns as fit `most_tokens`, one token for the image counted in."""
-    text, spans = BOS + _system(random), []
-    for number, turn in enumerate(turns):
-        head = f"{IMAGE}\n" if with_image and number == 0 else ""
-        text += f"USER: {head}{as_spoken(turn.question, random)} ASSISTANT:"
-        start = len(text)
-        text += f" {turn.answer}{EOS}"
-        spans.append((start, len(text)))
-    encoded = tokenizer.encode(text, add_special_tokens=False)
-    ids, turn_of = encoded.ids, [-1] * len(encoded.ids)
-    whole = 0
-    for number, (start, end) in enumerate(spans):
-        inside = [
-            i for i, (first, last) in enumerate(encoded.offsets) if start <= first and last <= end and first < last
-        ]
-        if inside[-1] >= most_tokens:
+def tokenize(
+    tokenizer: Tokenizer, talks: list[list[Turn]], *, with_image: bool, most_tokens: int, random: Random
+) -> Tokens:
+    """As many conversations as fit `most_tokens`, one token for the image counted in."""
+    head = BOS + _system(random) + (f"USER: {IMAGE}" if with_image else "")
+    beginning = tokenizer.encode(head, add_special_tokens=False).ids
+    result = Tokens(list(beginning), [0] * len(beginning), [-1] * len(beginning))
+    first_turn = 0
+    for number, turns in enumerate(talks, 1):
+        ids = tokenizer.encode(head + _written(turns, random, with_image), add_special_tokens=False).ids
+        assert ids[: len(beginning)] == beginning
+        ids = ids[len(beginning) :]
+        if len(result.ids) + len(ids) > most_tokens:
             break
-        for i in inside:
-            turn_of[i] = number
-        whole = inside[-1] + 1
-    return Tokens(ids[:whole], turn_of[:whole])
+        result.ids.extend(ids)
+        result.talk.extend([number] * len(ids))
+        result.turn.extend(_turn_numbers(tokenizer, ids, first_turn))
+        first_turn += len(turns)
+    return result
+
+
+def _written(turns: list[Turn], random: Random, with_image: bool) -> str:
+    texts = [f"{as_spoken(turn.question, random)} {ANSWERER} {turn.answer}{EOS}" for turn in turns]
+    return ("\n" if with_image else "USER: ") + "USER: ".join(texts)
+
+
+def _turn_numbers(tokenizer: Tokenizer, ids: list[int], first: int) -> list[int]:
+    """An answer goes from behind "ASSISTANT:" up to the token that ends it."""
+    begins, ends = tokenizer.token_to_id(ANSWERER), tokenizer.token_to_id(EOS)
+    numbers, number, inside = [], first - 1, False
+    for token in ids:
+        numbers.append(number if inside else -1)
+        if token == begins:
+            number, inside = number + 1, True
+        elif token == ends:
+            inside = False
+    return numbers

@@ -215,11 +215,12 @@ def _draw_text(
     colour: tuple[RGB, str],
     angle: float = 0,
 ) -> None:
-    _, top, _, bottom = font.getbbox("H")
-    width, height = math.ceil(font.getlength(text)) + 4, math.ceil(bottom - top) + 6
+    # The ink, which in some letters reaches below the line or back before their beginning.
+    left, top, right, bottom = font.getbbox(text)
+    width, height = math.ceil(right - left) + 4, math.ceil(bottom - top) + 4
     mask = Image.new("L", (width, height))
-    ImageDraw.Draw(mask).text((2, 3 - top), text, fill=255, font=font)
-    boxes = [(2 + font.getlength(text[:i]), 2 + font.getlength(text[: i + 1])) for i in range(len(text))]
+    ImageDraw.Draw(mask).text((2 - left, 2 - top), text, fill=255, font=font)
+    boxes = [(2 - left + font.getlength(text[:i]), 2 - left + font.getlength(text[: i + 1])) for i in range(len(text))]
     turned = mask.rotate(angle, Image.Resampling.BICUBIC, expand=True) if angle else mask
     # Whatever place was wished for, all letters are in the picture.
     x, y = (
@@ -227,9 +228,9 @@ def _draw_text(
         for wish, own, whole in zip(centre, turned.size, image.size, strict=True)
     )
     image.paste(colour[0], (x, y), turned)
-    for character, (left, right) in zip(text, boxes, strict=True):
+    for character, (begin, end) in zip(text, boxes, strict=True):
         box = Image.new("L", (width, height))
-        ImageDraw.Draw(box).rectangle((left, 0, right, height), fill=255)
+        ImageDraw.Draw(box).rectangle((begin, 0, end, height), fill=255)
         turned = box.rotate(angle, Image.Resampling.NEAREST, expand=True) if angle else box
         labels.add(turned, (x, y), 1 + len(KINDS) + CHARACTERS.index(character), colour[1])
 

@@ -8,6 +8,7 @@ Answers are greedy, and right when they are right to the letter.
 import argparse
 import base64
 import io
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from openai import OpenAI
 from PIL import Image
 from tqdm import tqdm
 
-from demo.questions import Turn, ask_about
-from demo.scenes import chat, make_example
+from demo.phrases import Turn
+from demo.questions import ask_about
+from demo.scenes import Example, chat, make_example
 
 SEED = 2_000_003
 """Of the pictures; training and its own measurement have others."""
@@ -34,6 +36,8 @@ class Exam:
     """Pictures that it is asked about."""
     follows: bool = False
     """Whether it goes on from a question before it."""
+    num_words: int | None = None
+    """Words printed in the picture; None: any number."""
 
 
 EXAMS = {
@@ -44,7 +48,8 @@ EXAMS = {
     "count": Exam("count", ("shapes",)),
     "yes/no": Exam("yes/no", ("shapes",)),
     "compare": Exam("compare", ("shapes", "chart")),
-    "read": Exam("read", ("words", "words and shapes")),
+    "read a word": Exam("read", ("words", "words and shapes"), num_words=1),
+    "read two words": Exam("read", ("words",), num_words=2),
     "chart": Exam("chart", ("chart",)),
     "describe": Exam("describe", ("shapes", "words", "words and shapes", "chart")),
     "cannot tell": Exam("honest", ("strange", "blank")),
@@ -65,26 +70,32 @@ def questions(name: str, count: int) -> list[Question]:
     if name == "talk":
         return [_question(None, chat(Random(f"{SEED}/talk/{i}"), 1)) for i in range(count)]
     exam, found = EXAMS[name], list[Question]()
-    index = 0
-    while len(found) < count:
+    for index in itertools.count():
         feature = exam.features[index % len(exam.features)]
         example = make_example(SEED + sum(map(ord, name)), index, feature=feature, num_turns=8 if exam.follows else 0)
-        turns: list[Turn] | None = None
-        if exam.follows:
-            last = next((i for i, turn in enumerate(example.turns) if turn.topic.startswith(exam.topic)), None)
-            turns = None if last is None else example.turns[: last + 1]
-        elif (turn := ask_about(exam.topic, example.scene, Random(f"{SEED}/{name}/{index}"))) is not None:
-            turns = [turn]
+        turns = _turns(exam, example, Random(f"{SEED}/{name}/{index}"))
         if turns:
             found.append(_question(example.image, turns))
-        index += 1
+        if len(found) == count:
+            break
     return found
+
+
+def _turns(exam: Exam, example: Example, random: Random) -> list[Turn]:
+    """A conversation that ends with the question; empty if the picture gives none."""
+    if exam.num_words not in (None, len(example.scene.words)):
+        return []
+    if exam.follows:
+        asked = (i for i, turn in enumerate(example.turns) if turn.topic.startswith(exam.topic))
+        return example.turns[: next(asked, -1) + 1]
+    turn = ask_about(exam.topic, example.scene, random)
+    return [] if turn is None else [turn]
 
 
 def data_url(image: Image.Image) -> str:
     """A picture as clients send it."""
     file = io.BytesIO()
-    image.save(file, "PNG")
+    image.save(file, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

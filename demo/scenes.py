@@ -17,7 +17,8 @@ from PIL import Image
 from demo.drawing import NUM_FONTS, Labels, draw_scene
 from demo.lexicon import printed_text
 from demo.palette import colours_on
-from demo.questions import Turn, ask
+from demo.phrases import Turn
+from demo.questions import ask
 from demo.talk import aside, talk
 from demo.wear import strange_picture, wear
 from demo.world import BACKGROUND_NAMES, KINDS, MOST_SHAPES, Bar, Scene, Shape, Size, Word
@@ -27,7 +28,7 @@ _TURNS = {"square": 18, "heart": 30, "cross": 18, "circle": 0, "ring": 0}
 """Degrees either way within which a kind keeps its name; the others may be turned at will."""
 _SHORTEST, _LONGEST = 100, 2000
 _FEATURES = ("shapes", "words", "words and shapes", "chart", "strange", "blank")
-_SHARES = (0.5, 0.19, 0.09, 0.13, 0.06, 0.03)
+_SHARES = (0.42, 0.26, 0.1, 0.15, 0.05, 0.02)
 _LEAST_LETTER = 0.065
 """Height of a letter at least, as a share of the picture's longer side, where the width leaves room for it."""
 

@@ -2,7 +2,7 @@
 
 from random import Random
 
-from demo.questions import Turn
+from demo.phrases import Turn
 
 _ABOUT = (
     "I am a small demo model. I describe simple pictures: shapes, their colors, sizes and places, short words, "

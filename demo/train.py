@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
-from demo.batches import Batch, Examples
+from demo.batches import Batch, Examples, Rows, join
 from demo.checkpoint import llava_config, preprocessor_config, write_configs, write_tokenizer, write_weights
 from demo.checkpoint_spec import CheckpointSpec
 from demo.dialogue import BASE_VOCAB, VOCAB_SIZE, build_tokenizer
 from demo.drawing import NUM_CLASSES
-from demo.questions import TOPICS
+from demo.phrases import TOPICS
 from demo.world import COLOURS
 from engine.image_processor import ImageProcessor
 
@@ -66,21 +66,27 @@ class Trainee(nn.Module):
         weights[0] = _NOTHING_WEIGHT
         self.register_buffer("class_weights", weights)
 
-    def forward(self, pixels: Tensor, ids: Tensor, turns: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, look: "Look") -> tuple[Tensor, Tensor, Tensor]:
         """The loss of the answers, that of the patches, and for each token of an answer whether it was foreseen."""
-        channels = torch.arange(3, device=pixels.device)
-        inputs = self.levels[pixels.int(), channels].permute(0, 3, 1, 2)
+        channels = torch.arange(3, device=look.pixels.device)
+        inputs = self.levels[look.pixels.int(), channels].permute(0, 3, 1, 2)
         model = self.llava.model
         seen = model.vision_tower(inputs).last_hidden_state[:, 1:]
+        rows = look.rows
+        ids = rows.ids.long()
         embedded = model.language_model.embed_tokens(ids)
-        features = model.multi_modal_projector(seen).to(embedded.dtype)
-        embedded = embedded.masked_scatter((ids == SPEC.image_id).unsqueeze(-1), features)
-        hidden = model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        asked = hidden[:, :-1][turns[:, 1:] >= 0]
-        wanted = ids[:, 1:][turns[:, 1:] >= 0]
-        logits = F.linear(asked, model.language_model.embed_tokens.weight).float()
+        features = model.multi_modal_projector(seen).to(embedded.dtype).flatten(0, 1)
+        embedded = embedded.flatten(0, 1).index_copy(0, rows.images, features).view_as(embedded)
+        hidden = model.language_model(
+            inputs_embeds=embedded,
+            attention_mask=attention_mask(rows.talks, features.dtype),
+            position_ids=rows.positions.long(),
+            use_cache=False,
+        ).last_hidden_state
+        wanted = ids.flatten()[rows.answers]
+        logits = F.linear(hidden.flatten(0, 1)[rows.answers - 1], model.language_model.embed_tokens.weight).float()
         loss = F.cross_entropy(logits, wanted)
-        patch_loss = self._patch_loss(seen, patches)
+        patch_loss = self._patch_loss(seen, look.patches)
         return loss, patch_loss, logits.detach().argmax(-1) == wanted
 
     def _patch_loss(self, seen: Tensor, patches: Tensor) -> Tensor:
@@ -93,27 +99,39 @@ class Trainee(nn.Module):
 
 
 class Look(NamedTuple):
-    """What `Trainee` takes: pictures, and conversations of which the first ones are about them."""
+    """What `Trainee` takes: pictures, and rows of which the first ones are about them."""
 
     pixels: Tensor
-    ids: Tensor
-    turns: Tensor
     patches: Tensor
+    rows: Rows
 
 
 def first_look(batch: Batch) -> Look:
-    """The first conversations about a batch's pictures."""
-    return Look(batch.pixels, batch.ids[0].long(), batch.turns[0], batch.patches)
+    """The first rows about a batch's pictures."""
+    return Look(batch.pixels, batch.patches, batch.looks[0])
 
 
 def mixed_look(new: Batch, old: Batch) -> Look:
-    """New pictures with their first conversations, old ones with their last, and conversations without pictures."""
-    return Look(
-        torch.cat((new.pixels, old.pixels)),
-        torch.cat((new.ids[0], old.ids[-1], new.chat_ids)).long(),
-        torch.cat((new.turns[0], old.turns[-1], new.chat_turns)),
-        torch.cat((new.patches, old.patches)),
-    )
+    """New pictures with their first rows, old ones with their last, and rows without pictures."""
+    rows = join((new.looks[0], old.looks[-1], new.chats))
+    return Look(torch.cat((new.pixels, old.pixels)), torch.cat((new.patches, old.patches)), rows)
+
+
+def attention_mask(talks: Tensor, dtype: torch.dtype) -> Tensor:
+    """(R, 1, tokens, tokens) to be added to scores: a conversation sees itself and the beginning, and no other."""
+    length = talks.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=talks.device).tril()
+    visible = earlier & ((talks[:, None] == talks[:, :, None]) | (talks[:, None] == 0))
+    mask = torch.zeros(visible.shape, dtype=dtype, device=talks.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch, or a part of one, with its tensors on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    parts = [to_device(part, device) for part in batch]
+    return parts if isinstance(batch, list) else type(batch)(*parts)
 
 
 def make_optimizer(model: nn.Module, device: torch.device, rate: float) -> torch.optim.Optimizer:
@@ -155,11 +173,11 @@ def train(model: Trainee, args: argparse.Namespace, processor: ImageProcessor, d
     losses: collections.deque[tuple[Tensor, Tensor, Tensor]] = collections.deque(maxlen=args.report)
     with tqdm(load(args.seed, args.steps, args, processor), desc="Training", unit="step", disable=None) as progress:
         for step, batch in enumerate(progress):
-            seen.append(Batch(*(tensor.to(device, non_blocking=True) for tensor in batch)))
+            seen.append(to_device(batch, device))
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(step, args.steps, args.rate)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss, patch_loss, right = model(*mixed_look(seen[-1], seen[0]))
+                loss, patch_loss, right = model(mixed_look(seen[-1], seen[0]))
             (loss + _PATCH_LOSS * patch_loss).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -181,16 +199,16 @@ def accuracies(
     """
     counts = dict.fromkeys(TOPICS, (0, 0))
     for batch in tqdm(load(EVAL_SEED, args.eval_batches, args, processor), desc="Measuring", disable=None):
-        look = first_look(Batch(*(tensor.to(device) for tensor in batch)))
+        look = first_look(to_device(batch, device))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            right = model(*look)[2]
-        turns = look.turns[:, 1:]
+            right = model(look)[2]
+        turns = look.rows.turns
         wrong = torch.zeros_like(turns, dtype=torch.bool)
-        wrong[turns >= 0] = ~right
+        wrong.view(-1)[look.rows.answers] = ~right
         for number in range(int(turns.max()) + 1):
             here = turns == number
             for row in here.any(1).nonzero().flatten().tolist():
-                topic = TOPICS[int(batch.topics[0, row, number])]
+                topic = TOPICS[int(look.rows.topics[row, number])]
                 good, total = counts[topic]
                 counts[topic] = good + (not wrong[row][here[row]].any().item()), total + 1
     return counts

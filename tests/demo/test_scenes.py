@@ -3,13 +3,19 @@
 from random import Random
 
 import pytest
+import torch
 from PIL import ImageChops
 
+from demo.batches import Examples
+from demo.checkpoint import preprocessor_config
 from demo.dialogue import build_tokenizer, tokenize
-from demo.questions import TOPICS, ask_about, description
+from demo.phrases import TOPICS
+from demo.questions import ask_about, description
 from demo.scenes import make_example, make_scene
 from demo.tokenizer import BOS_ID, EOS_ID
+from demo.train import SPEC, attention_mask
 from demo.world import PLACES, Scene, Shape
+from engine.image_processor import ImageProcessor
 
 
 def shape(kind: str, colour: str, place: int) -> Shape:
@@ -77,9 +83,29 @@ def test_every_kind_of_picture_can_be_asked_about() -> None:
 def test_answers_are_marked_among_the_tokens() -> None:
     tokenizer = build_tokenizer()
     example = make_example(9, 0, feature="shapes", num_turns=3, longest=300)
-    tokens = tokenize(tokenizer, example.turns, with_image=True, most_tokens=200, random=Random(1))
-    assert tokens.ids[0] == BOS_ID and len(tokens.ids) == len(tokens.turn)
+    talks = [example.turns[:1], example.turns[1:]]
+    tokens = tokenize(tokenizer, talks, with_image=True, most_tokens=200, random=Random(1))
+    assert tokens.ids[0] == BOS_ID and len(tokens.ids) == len(tokens.turn) == len(tokens.talk)
     for number, turn in enumerate(example.turns):
-        ids = [token for token, mine in zip(tokens.ids, tokens.turn, strict=True) if mine == number]
-        assert ids[-1] == EOS_ID
-        assert tokenizer.decode(ids).strip() == turn.answer
+        marked = [i for i, mine in enumerate(tokens.turn) if mine == number]
+        assert tokens.ids[marked[-1]] == EOS_ID
+        assert tokenizer.decode([tokens.ids[i] for i in marked]).strip() == turn.answer
+        assert {tokens.talk[i] for i in marked} == {1 if number == 0 else 2}
+
+
+def test_conversations_of_a_row_are_read_as_if_each_stood_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("demo.batches.load_photos", tuple)
+    tokenizer = build_tokenizer()
+    examples = Examples(3, 2, 1, tokenizer, ImageProcessor.from_dict(preprocessor_config(SPEC)), SPEC.patch_size)
+    rows = examples[0].looks[0]
+    row = [tensor[0].tolist() for tensor in rows]
+    ids, positions, talks = row[:3]
+    count = max(talk for talk in talks if talk <= 16)
+    assert count > 3
+    mask = attention_mask(rows.talks[:1], torch.float32)[0, 0] == 0
+    for number in range(1, count + 1):
+        alone = [i for i, talk in enumerate(talks) if talk in (0, number)]
+        assert [positions[i] for i in alone] == list(range(len(alone)))
+        assert mask[alone[-1]].nonzero().flatten().tolist() == alone
+        text = tokenizer.decode([ids[i] for i in alone if ids[i] != SPEC.image_id], skip_special_tokens=False)
+        assert text.count("ASSISTANT:") == text.count("</s>") >= 1 and text.endswith("</s>")
