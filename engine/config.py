@@ -1,6 +1,5 @@
 """What the engine runs with: the arguments, checked against each other and against the checkpoint."""
 
-import json
 import operator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,31 +7,21 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
-from transformers import AutoConfig
 
 from engine.args import DEMO_MODEL, EngineArgs
-from engine.errors import ModelLoadError, one_line
+from engine.errors import ModelLoadError
 from engine.image_processor import ImageProcessor
-from engine.models.clip import resolve_layer
+from engine.models.checkpoint_config import (
+    ARCHITECTURES,
+    eos_token_ids,
+    max_model_len,
+    read_config,
+    read_generation_config,
+    sampling_defaults,
+)
 from engine.models.hub import resolve_model, resolve_processor_config, resolve_tokenizer
 from engine.models.llava import feature_layers
-from engine.models.rotary import rope_type
-from engine.sampling_params import SamplingParams
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "llava": "LlavaForConditionalGeneration",
-}
-_TEXT_TYPES = ("llama", "mistral")
-_TEXT_SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "max_position_embeddings",
-)  # fmt: skip
-_TOWER_SIZES = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
-    "num_channels",
-)  # fmt: skip
 _KINDS = {
     bool: "True or False",
     int: "an integer",
@@ -42,7 +31,6 @@ _KINDS = {
     tuple: "a tuple",
     dict: "a dict",
 }
-_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(slots=True)
@@ -92,6 +80,8 @@ class EngineConfig:
     eos_token_ids: list[int]
     sampling_defaults: dict[str, Any] = field(default_factory=dict)
     """From the checkpoint's generation_config.json."""
+    enforce_eager: bool = False
+    """Never capture CUDA graphs."""
     pipeline_depth: int = 1
     """Steps that may be launched before the oldest one's tokens are read."""
 
@@ -124,11 +114,11 @@ def create_config(args: EngineArgs) -> EngineConfig:
     if not args.model:
         raise ValueError("--model is empty: give a Hub id or a folder")
     path = resolve_model(args.model, args.revision, weights=args.load_format != "dummy")
-    hf_config = _read_config(path)
+    hf_config = read_config(path)
     text = hf_config.text_config if hf_config.model_type == "llava" else hf_config
     device = _device(args.device)
-    generation = _generation_config(path)
-    max_len = _max_model_len(args.max_model_len, text)
+    generation = read_generation_config(path)
+    max_len = max_model_len(args.max_model_len, text)
     on_gpu = device.type == "cuda"
     names = args.served_model_name or ["demo" if args.model == str(DEMO_MODEL) else args.model]
     return EngineConfig(
@@ -145,15 +135,16 @@ def create_config(args: EngineArgs) -> EngineConfig:
         seed=args.seed,
         vision=_vision(args, hf_config, path, max_len),
         max_num_seqs=args.max_num_seqs or (256 if on_gpu else 64),
-        max_num_batched_tokens=args.max_num_batched_tokens or (8192 if on_gpu else 2048),
+        max_num_batched_tokens=args.max_num_batched_tokens or 2048,
         block_size=args.block_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
         num_blocks=args.num_gpu_blocks_override,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         enable_prefix_caching=args.enable_prefix_caching,
         max_num_queued_reqs=args.max_num_queued_reqs,
-        eos_token_ids=_eos_token_ids(generation, hf_config, text),
-        sampling_defaults=_sampling_defaults(generation),
+        eos_token_ids=eos_token_ids(generation, hf_config, text),
+        sampling_defaults=sampling_defaults(generation),
+        enforce_eager=args.enforce_eager,
         pipeline_depth=2 if on_gpu else 1,
     )
 
@@ -213,92 +204,6 @@ def _name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _read_config(path: Path) -> Any:
-    try:
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        model_type = raw.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelLoadError(f"{path / 'config.json'} cannot be read: {error}") from error
-    if model_type not in ARCHITECTURES:
-        raise ModelLoadError(f"model_type {model_type!r} is not supported: {', '.join(ARCHITECTURES)} are")
-    if raw.get("quantization_config"):
-        raise ModelLoadError("quantized checkpoints are not supported: give one in float16, bfloat16 or float32")
-    try:
-        config = AutoConfig.from_pretrained(path)
-        _check_model(config)
-        _max_model_len(None, config.text_config if config.model_type == "llava" else config)
-    except ModelLoadError:
-        raise
-    except Exception as error:  # transformers raises many kinds on a configuration that it does not like
-        raise ModelLoadError(f"{path / 'config.json'} cannot be served: {one_line(error)}") from error
-    return config
-
-
-def _check_model(config: Any) -> None:
-    text = config
-    if config.model_type == "llava":
-        text = config.text_config
-        if text.model_type not in _TEXT_TYPES:
-            raise ModelLoadError(f"a LLaVA around {text.model_type!r} is not supported: {', '.join(_TEXT_TYPES)} are")
-        if config.vision_config.model_type != "clip_vision_model":
-            raise ModelLoadError(f"vision tower {config.vision_config.model_type!r} is not supported: CLIP is")
-        if config.vision_feature_select_strategy not in ("default", "full"):
-            raise ModelLoadError(
-                f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} is not supported"
-            )
-        _check_sizes(config.vision_config, _TOWER_SIZES)
-        if not feature_layers(config):
-            raise ModelLoadError("vision_feature_layer is empty: it must name a layer")
-        for layer in feature_layers(config):
-            resolve_layer(layer, config.vision_config.num_hidden_layers)
-        tied = bool(getattr(config, "tie_word_embeddings", False) or text.tie_word_embeddings)
-        text.tie_word_embeddings = tied
-    _check_sizes(text, _TEXT_SIZES)
-    if text.num_attention_heads % text.num_key_value_heads:
-        raise ModelLoadError(
-            f"num_attention_heads, {text.num_attention_heads}, must be a multiple of num_key_value_heads, "
-            f"{text.num_key_value_heads}"
-        )
-    rope_type(text)
-
-
-def _check_sizes(config: Any, names: tuple[str, ...]) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelLoadError(f"{name} is {value!r}: it must be an integer of at least 1")
-
-
-def _generation_config(path: Path) -> dict[str, Any]:
-    file = path / "generation_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{file} cannot be read: {error}") from error
-    return read if isinstance(read, dict) else {}
-
-
-def _eos_token_ids(generation: dict[str, Any], config: Any, text: Any) -> list[int]:
-    """Where Hugging Face's `generate` looks for them, in its order."""
-    places = (generation.get("eos_token_id"), getattr(config, "eos_token_id", None), text.eos_token_id)
-    found: Any = next((eos for eos in places if eos is not None), [])
-    ids = list(found) if isinstance(found, list | tuple) else [found]
-    if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
-        raise ModelLoadError(f"eos_token_id is {found!r}: it must be a token id or a list of them")
-    return ids
-
-
-def _sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
-    defaults = {name: generation[name] for name in _SAMPLING_DEFAULTS if generation.get(name) is not None}
-    try:
-        SamplingParams(**defaults)
-    except ValueError as error:
-        raise ModelLoadError(f"generation_config.json: {error}") from error
-    return defaults
-
-
 def _device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -315,17 +220,6 @@ def _dtype(name: str, config: Any, text: Any) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ModelLoadError(f"the checkpoint's dtype {dtype} is not supported")
     return dtype
-
-
-def _max_model_len(wanted: int | None, text: Any) -> int:
-    rope, limit = text.rope_parameters or {}, int(text.max_position_embeddings)
-    if rope.get("rope_type") == "linear":
-        limit = int(limit * rope["factor"])
-    if rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings"):
-        limit = max(limit, int(rope["original_max_position_embeddings"] * rope["factor"]))
-    if wanted is not None and wanted > limit:
-        raise ValueError(f"--max-model-len is {wanted}: the model allows at most {limit}")
-    return wanted or limit
 
 
 def _vision(args: EngineArgs, config: Any, path: Path, max_len: int) -> VisionConfig | None:

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.attention import AttentionMetadata, write_kv
+from engine.attention import AttentionMetadata
+from engine.kernels.torch_ops import rotate
 
 
 class SDPAttention:
@@ -12,9 +13,9 @@ class SDPAttention:
 
     def forward(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         cache: Tensor,
         metadata: AttentionMetadata,
         *,
@@ -22,20 +23,33 @@ class SDPAttention:
         sliding_window: int | None,
     ) -> Tensor:
         """See `AttentionBackend.forward`."""
-        write_kv(key, value, cache, metadata.slot_mapping)
+        block_size, kv_heads = cache.shape[2:4]
+        query, key, value = qkv.split([qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+        cos, sin = (table[metadata.rotary_rows].unsqueeze(1) for table in (cos, sin))
+        query = rotate(query, cos, sin)
+        _write(rotate(key, cos, sin), value, cache, metadata)
         output = torch.empty_like(query)
-        block_size = cache.shape[2]
         for i, seq_len in enumerate(metadata.seq_lens):
             start, end = metadata.query_start[i], metadata.query_start[i + 1]
             first = 0 if sliding_window is None else max(0, seq_len - (end - start) - sliding_window + 1)
             first_block = first // block_size
-            blocks = metadata.block_table[i, first_block : -(-seq_len // block_size)]
+            blocks = metadata.block_table[metadata.rows[i], first_block : -(-seq_len // block_size)]
             first = first_block * block_size
             keys, values = cache[:, blocks].flatten(1, 2)[:, : seq_len - first].transpose(1, 2)
             output[start:end] = _attend(
                 query[start:end], keys, values, first=first, seq_len=seq_len, scale=scale, window=sliding_window
             )
         return output
+
+
+def _write(key: Tensor, value: Tensor, cache: Tensor, metadata: AttentionMetadata) -> None:
+    """Put each token's key and value (T, kv_heads, head_dim) into its place."""
+    block_size = cache.shape[2]
+    blocks = metadata.block_table[metadata.token_rows, metadata.positions // block_size]
+    places = blocks.long() * block_size + metadata.positions % block_size
+    flat = cache.flatten(1, 2)
+    flat[0].index_copy_(0, places, key)
+    flat[1].index_copy_(0, places, value)
 
 
 def _attend(

@@ -11,7 +11,8 @@ from engine.core.scheduler import Scheduler
 from engine.messages import EngineOutput, EngineOutputs, EngineRequest, SchedulerStats
 from engine.models.rotary import long_context_start
 from engine.step import SchedulerOutput
-from engine.worker.model_runner import ModelRunner, PendingStep
+from engine.worker.model_runner import ModelRunner
+from engine.worker.pending import PendingStep
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from engine.attention import AttentionBackend, AttentionMetadata
-from engine.models.layers import RMSNorm
-from engine.models.rotary import RotaryEmbedding, apply_rotary
+from engine.kernels import add_rms_norm, rms_norm, silu_mul
+from engine.models.rotary import RotaryEmbedding
 
 
 class LlamaAttention(nn.Module):
@@ -26,14 +26,12 @@ class LlamaAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, metadata: AttentionMetadata) -> Tensor:
+    def forward(self, hidden: Tensor, rotary: RotaryEmbedding, cache: Tensor, metadata: AttentionMetadata) -> Tensor:
         """(T, hidden) to (T, hidden)."""
-        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
-        query, key, value = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         attended = self.backend.forward(
-            apply_rotary(query, cos, sin),
-            apply_rotary(key, cos, sin),
-            value,
+            self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim)),
+            rotary.cos,
+            rotary.sin,
             cache,
             metadata,
             scale=self.head_dim**-0.5,
@@ -50,12 +48,30 @@ class LlamaMLP(nn.Module):
         bias = getattr(config, "mlp_bias", False)
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = None if config.hidden_act == "silu" else ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(T, hidden) to (T, hidden)."""
-        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        gate_up = self.gate_up_proj(hidden)
+        if self.activation is None:
+            return self.down_proj(silu_mul(gate_up))  # type: ignore[no-any-return]
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down_proj(self.activation(gate) * up)  # type: ignore[no-any-return]
+
+
+class RMSNorm(nn.Module):
+    """A weight and how it is used; `forward` adds to the residual first if there is something to add."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, residual: Tensor, x: Tensor | None = None) -> Tensor:
+        """Norm of the residual (T, size), to which `x` is added in place."""
+        if x is None:
+            return rms_norm(residual, self.weight, self.eps)
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class LlamaLayer(nn.Module):
@@ -68,10 +84,17 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """(T, hidden) to (T, hidden)."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, cache, metadata)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
+    def forward(
+        self,
+        residual: Tensor,
+        added: Tensor | None,
+        rotary: RotaryEmbedding,
+        cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """What is to be added to the residual (T, hidden), once the layer before is: `added`, or nothing."""
+        attended = self.self_attn(self.input_layernorm(residual, added), rotary, cache, metadata)
+        return self.mlp(self.post_attention_layernorm(residual, attended))  # type: ignore[no-any-return]
 
 
 class LlamaModel(nn.Module):
@@ -85,12 +108,12 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(LlamaLayer(config, backend) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, rotary_rows: Tensor, caches: list[Tensor], metadata: AttentionMetadata) -> Tensor:
-        """Embeddings (T, hidden) to the last layer's states (T, hidden)."""
-        cos, sin = self.rotary.rows(rotary_rows)
+    def forward(self, residual: Tensor, caches: list[Tensor], metadata: AttentionMetadata) -> Tensor:
+        """Embeddings (T, hidden), which are overwritten, to the last layer's normed states (T, hidden)."""
+        added = None
         for layer, cache in zip(self.layers, caches, strict=True):
-            hidden = layer(hidden, cos, sin, cache, metadata)
-        return self.norm(hidden)  # type: ignore[no-any-return]
+            added = layer(residual, added, self.rotary, cache, metadata)
+        return self.norm(residual, added)  # type: ignore[no-any-return]
 
 
 class LlamaForCausalLM(nn.Module):
@@ -107,11 +130,15 @@ class LlamaForCausalLM(nn.Module):
         """Make what is computed rather than loaded: the rotary tables up to `max_len` positions."""
         self.language_model.rotary = RotaryEmbedding(self.config, max_len, dtype, device)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """States (rows, hidden) to float32 logits (rows, vocabulary)."""
+    def head(self, hidden: Tensor) -> Tensor:
+        """States (rows, hidden) to logits (rows, vocabulary) in the model's dtype."""
         tied = self.config.tie_word_embeddings
         weight = self.language_model.embed_tokens.weight if tied else self.lm_head.weight
-        return nn.functional.linear(hidden, weight).float()
+        return nn.functional.linear(hidden, weight)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """States (rows, hidden) to float32 logits (rows, vocabulary)."""
+        return self.head(hidden).float()
 
 
 def head_dim(config: Any) -> int:

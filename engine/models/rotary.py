@@ -28,7 +28,7 @@ def long_context_start(config: Any) -> int | None:
 
 
 class RotaryEmbedding:
-    """Tables of cosines and sines in the model's dtype.
+    """Tables of cosines and sines in the model's dtype, (positions, head_dim / 2).
 
     With longrope the table is made twice: rows from `max_len` on are those of the long factors.
     """
@@ -38,16 +38,6 @@ class RotaryEmbedding:
         tables = [_angles(config, length, max_len) for length in lengths]
         self.cos = torch.cat([cos for cos, _ in tables]).to(device, dtype)
         self.sin = torch.cat([sin for _, sin in tables]).to(device, dtype)
-
-    def rows(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (T, 1, head_dim / 2) of table rows (T)."""
-        return self.cos[indices].unsqueeze(1), self.sin[indices].unsqueeze(1)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (T, heads, head_dim), whose halves are the pairs' first and second members."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def _angles(config: Any, seq_len: int, max_len: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.attention import AttentionMetadata
 from engine.messages import EngineRequest
-from engine.step import NewRequest, SchedulerOutput
+from engine.step import NewRequest, ScheduledRequest, SchedulerOutput
 
 
 @dataclass(slots=True)
@@ -24,22 +24,35 @@ class Slot:
 
 
 @dataclass(slots=True)
-class StepInputs:
-    """One step's tokens, `T` in all, of `R` requests; `S` of those sample."""
+class StepLayout:
+    """One step's tokens as arrays on the host: `T` tokens of `R` requests, `S` of which sample.
 
-    input_ids: Tensor
-    """(T) int64."""
-    rotary_rows: Tensor
-    """(T) int64 rows of the rotary table."""
-    metadata: AttentionMetadata
-    sample_rows: Tensor
-    """(S) int64 indices into the T tokens."""
+    Requests with one token come first, as attention wants them.
+    """
+
+    parts: list[ScheduledRequest]
+    slots: list[Slot]
+    tokens: npt.NDArray[np.int32]
+    """(3, T) slot, index in its sequence and row of the rotary tables of each token."""
+    query_start: npt.NDArray[np.int64]
+    """(R + 1) index of each request's first token among the T; the last entry is T."""
+    ends: npt.NDArray[np.int64]
+    """(R) index behind each request's last token in its sequence."""
+    num_decodes: int
+    """Requests with one token."""
+    sample_rows: npt.NDArray[np.int64]
+    """(S) indices into the T tokens."""
     sample_slots: npt.NDArray[np.int64]
-    """(S) table rows of the requests that sample."""
+    """(S) slots of the requests that sample."""
     sample_positions: npt.NDArray[np.int64]
     """(S) index that the sampled token will have in its sequence."""
-    sample_slots_dev: Tensor
-    sample_positions_dev: Tensor
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every request samples from its one token, which is no image's."""
+        return len(self.sample_rows) == self.tokens.shape[1] and all(
+            part.start >= slot.images_end for part, slot in zip(self.parts, self.slots, strict=True)
+        )
 
 
 class InputBatch:
@@ -57,8 +70,10 @@ class InputBatch:
         self.max_len = max_len
         self._long_start = long_start
         max_blocks = -(-max_len // block_size)
-        self.token_table = torch.zeros(num_slots, max_len + 1, dtype=torch.int32, device=device)
-        self.block_table = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
+        # The last row is nobody's: what pads a batch reads and writes there.
+        self.padding_slot = num_slots
+        self.token_table = torch.zeros(num_slots + 1, max_len + 1, dtype=torch.int32, device=device)
+        self.block_table = torch.zeros(num_slots + 1, max_blocks, dtype=torch.int32, device=device)
         self.slots: dict[str, Slot] = {}
         self._free = list(range(num_slots))[::-1]
 
@@ -86,66 +101,73 @@ class InputBatch:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def prepare(self, step: SchedulerOutput) -> StepInputs:
-        """Gather a step's inputs. Everything whose size depends on the tokens is computed on the device."""
-        parts = step.requests
+    def lay_out(self, step: SchedulerOutput) -> StepLayout:
+        """Arrange a step's tokens, and take over the blocks that it brings."""
+        parts = sorted(step.requests, key=lambda part: part.num_tokens > 1)
         slots = [self.slots[part.request_id] for part in parts]
-        self._append_blocks(step, slots)
-        slot_index = np.array([slot.index for slot in slots], np.int64)
+        self._append_blocks(parts, slots)
+        rows = np.array([slot.index for slot in slots], np.int64)
         starts = np.array([part.start for part in parts], np.int64)
         counts = np.array([part.num_tokens for part in parts], np.int64)
         samples = np.array([part.samples for part in parts], bool)
         query_start = np.concatenate(([0], np.cumsum(counts)))
         ends = starts + counts
-        prompt_lens = np.array([len(slot.request.prompt_token_ids) for slot in slots], np.int64)
-
-        packed = self.upload(np.stack((slot_index, starts, counts, query_start[:-1], ends, prompt_lens)))
-        sample_packed = self.upload(np.stack((query_start[1:][samples] - 1, slot_index[samples], ends[samples])))
-        total = int(query_start[-1])
-        owner = torch.repeat_interleave(packed[2], output_size=total)
-        within = torch.arange(total, device=self.device) - packed[3][owner]
-        positions = packed[1][owner] + within
-        rows = packed[0][owner]
-        blocks = self.block_table[rows, positions // self.block_size].long()
-        most_blocks = -(-int(ends.max()) // self.block_size)
-        metadata = AttentionMetadata(
-            query_start=query_start.tolist(),
-            seq_lens=ends.tolist(),
-            query_start_dev=self.upload(query_start.astype(np.int32)),
-            seq_lens_dev=packed[4].int(),
-            block_table=self.block_table[packed[0], :most_blocks],
-            slot_mapping=blocks * self.block_size + positions % self.block_size,
-        )
-        return StepInputs(
-            input_ids=self.token_table[rows, positions].long(),
-            rotary_rows=self._rotary_rows(positions, packed[5][owner]),
-            metadata=metadata,
-            sample_rows=sample_packed[0],
-            sample_slots=slot_index[samples],
+        owner = np.repeat(np.arange(len(parts)), counts)
+        positions = np.arange(len(owner)) + (starts - query_start[:-1])[owner]
+        return StepLayout(
+            parts=parts,
+            slots=slots,
+            tokens=np.stack((rows[owner], positions, self._rotary_rows(positions, slots, owner))).astype(np.int32),
+            query_start=query_start,
+            ends=ends,
+            num_decodes=int((counts == 1).sum()),
+            sample_rows=query_start[1:][samples] - 1,
+            sample_slots=rows[samples],
             sample_positions=ends[samples],
-            sample_slots_dev=sample_packed[1],
-            sample_positions_dev=sample_packed[2],
         )
 
-    def write_sampled(self, inputs: StepInputs, tokens: Tensor) -> None:
-        """Put the sampled ids (S) where the next step will read them."""
-        self.token_table[inputs.sample_slots_dev, inputs.sample_positions_dev] = tokens.int()
+    def metadata(self, layout: StepLayout) -> AttentionMetadata:
+        """What attention must know of a step, on the device."""
+        first = layout.num_decodes
+        rows = layout.tokens[0][layout.query_start[:-1]]
+        prefills = np.stack(
+            (layout.query_start[first:-1], np.diff(layout.query_start)[first:], layout.ends[first:], rows[first:])
+        )
+        tokens = self.upload(layout.tokens)
+        return AttentionMetadata(
+            num_decodes=first,
+            query_start=layout.query_start.tolist(),
+            seq_lens=layout.ends.tolist(),
+            rows=rows.tolist(),
+            token_rows=tokens[0],
+            positions=tokens[1],
+            rotary_rows=tokens[2],
+            block_table=self.block_table,
+            prefills=self.upload(prefills.astype(np.int32)),
+        )
 
-    def _append_blocks(self, step: SchedulerOutput, slots: list[Slot]) -> None:
+    def write_sampled(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
+        """Put sampled ids (S) where the next step will read them: at these positions (S) of these slots (S)."""
+        self.token_table[slots, positions] = tokens.int()
+
+    def _append_blocks(self, parts: list[ScheduledRequest], slots: list[Slot]) -> None:
         rows: list[tuple[int, int, int]] = []
-        for part, slot in zip(step.requests, slots, strict=True):
+        for part, slot in zip(parts, slots, strict=True):
             for block in part.new_block_ids:
                 rows.append((slot.index, slot.num_blocks, block))
                 slot.num_blocks += 1
         if rows:
-            where = self.upload(np.array(rows, np.int64).T)
-            self.block_table[where[0], where[1]] = where[2].int()
+            where = self.upload(np.array(rows, np.int32).T)
+            self.block_table[where[0], where[1]] = where[2]
 
-    def _rotary_rows(self, positions: Tensor, prompt_lens: Tensor) -> Tensor:
+    def _rotary_rows(
+        self, positions: npt.NDArray[np.int64], slots: list[Slot], owner: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
         """Longrope takes its long factors once a sequence is longer than the model was first trained for; as in
         Hugging Face, tokens computed before that keep the short ones.
         """
         if self._long_start is None:
             return positions
-        is_long = torch.maximum(prompt_lens, positions + 1) > self._long_start
-        return positions + is_long * self.max_len
+        prompt_lens = np.array([len(slot.request.prompt_token_ids) for slot in slots])[owner]
+        is_long: npt.NDArray[np.bool_] = np.maximum(prompt_lens, positions + 1) > self._long_start
+        return np.where(is_long, positions + self.max_len, positions)

@@ -3,8 +3,6 @@
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import psutil
@@ -14,13 +12,14 @@ from torch import Tensor
 from engine.attention import AttentionMetadata
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError
-from engine.messages import PositionLogprobs
 from engine.models.llama import head_dim
 from engine.models.llava import LlavaForConditionalGeneration
 from engine.models.loader import load_model
 from engine.models.rotary import long_context_start
-from engine.step import ModelRunnerOutput, SchedulerOutput
-from engine.worker.input_batch import InputBatch, StepInputs
+from engine.step import SchedulerOutput
+from engine.worker.cuda_graphs import GraphedFunction
+from engine.worker.input_batch import InputBatch, StepLayout
+from engine.worker.pending import PendingStep, SampledLogprobs
 from engine.worker.random_noise import gumbel_noise
 from engine.worker.sampler import Logprobs, Sampler, gather_logprobs, keep_top
 from engine.worker.timer import DeviceTimer
@@ -30,42 +29,10 @@ logger = logging.getLogger(__name__)
 
 _CPU_CACHE_BYTES = 4 << 30
 _CPU_CACHE_SHARE = 0.25
+_GRAPH_BYTES = 512 << 20
+"""What the CUDA graphs of a 7B model take, generously."""
 _LOGPROB_ROWS = 256
 """Prompt positions whose log probabilities are computed at once."""
-
-
-@dataclass(slots=True)
-class PendingStep:
-    """A launched step. Its results are on their way to the host."""
-
-    request_ids: list[str]
-    """Of the requests that sample, in the order of `tokens`."""
-    tokens: Tensor
-    logprob_rows: list[tuple[str, int]]
-    """Request and number of log probabilities wanted, in the order of the rows of `logprobs`."""
-    logprobs: Logprobs | None
-    prompt_logprobs: list[tuple[str, int, Tensor, Logprobs]]
-    """Request, number wanted, target ids, log probabilities."""
-    encoding: DeviceTimer | None
-    """Of the step's images, if it has any."""
-    done: Any
-    """CUDA event behind the last copy; None on the CPU."""
-
-    def result(self) -> ModelRunnerOutput:
-        """Wait for the step and read what it brought."""
-        if self.done is not None:
-            self.done.synchronize()
-        output = ModelRunnerOutput(dict(zip(self.request_ids, self.tokens.tolist(), strict=True)))
-        output.encoder_seconds = 0.0 if self.encoding is None else self.encoding.seconds
-        if self.logprobs is not None:
-            taken = [output.sampled[request_id] for request_id, _ in self.logprob_rows]
-            rows = _positions(taken, [count for _, count in self.logprob_rows], self.logprobs)
-            output.logprobs = {name: row for (name, _), row in zip(self.logprob_rows, rows, strict=True)}
-        for request_id, count, targets, logprobs in self.prompt_logprobs:
-            ids = targets.tolist()
-            rows = _positions(ids, [count] * len(ids), logprobs)
-            output.prompt_logprobs.setdefault(request_id, []).extend(rows)
-        return output
 
 
 class ModelRunner:
@@ -88,8 +55,17 @@ class ModelRunner:
         if config.vision is not None:
             assert isinstance(self.model, LlavaForConditionalGeneration)
             self._vision = VisionEncoder(self.model, config.vision, self._batch)
+        self._decodes: GraphedFunction | None = None
         self.num_blocks = self._count_blocks()
-        self._caches = self._make_caches(self.num_blocks)
+        # One block more than the scheduler knows of: what pads a batch is written there.
+        self._caches = self._make_caches(self.num_blocks + 1)
+        self._batch.block_table[self._batch.padding_slot] = self.num_blocks
+        if self._uses_graphs:
+            self._capture()
+
+    @property
+    def _uses_graphs(self) -> bool:
+        return self.device.type == "cuda" and not self._config.enforce_eager
 
     def execute(self, step: SchedulerOutput) -> PendingStep:
         """Launch a step. Nothing here waits for the device."""
@@ -98,10 +74,18 @@ class ModelRunner:
                 self._vision.free(step.freed_images)
             self._change_requests(step)
             encoding = self._encode_images(step)
-            inputs = self._batch.prepare(step)
-            hidden = self._embed(step, inputs)
-            hidden = self.model.language_model(hidden, inputs.rotary_rows, self._caches, inputs.metadata)
-            return self._sample(step, inputs, hidden, encoding)
+            layout = self._batch.lay_out(step)
+            if self._decodes is not None and layout.only_decodes:
+                return self._replay(self._decodes, layout, encoding)
+            metadata = self._batch.metadata(layout)
+            hidden = self.model.language_model(self._embed(layout, metadata), self._caches, metadata)
+            prompt_logprobs = self._prompt_logprobs(layout, hidden)
+            tokens, logprobs = torch.zeros(0, dtype=torch.int64), None
+            if len(layout.sample_rows):
+                rows = self._batch.upload(layout.sample_rows)
+                logits = self.model.logits(hidden[rows])
+                tokens, logprobs = self._sample(layout, logits, metadata.token_rows[rows], metadata.positions[rows])
+            return self._pending(layout, tokens, logprobs, prompt_logprobs, encoding)
 
     def recover(self) -> None:
         """Give back what a failed step may have left on the device; raises where the device itself is broken."""
@@ -127,48 +111,105 @@ class ModelRunner:
             self._vision.encode(step.encode_images)
         return timer
 
-    def _embed(self, step: SchedulerOutput, inputs: StepInputs) -> Tensor:
-        hidden = self.model.language_model.embed_tokens(inputs.input_ids)
+    def _embed(self, layout: StepLayout, metadata: AttentionMetadata) -> Tensor:
+        hidden = self._look_up(metadata.token_rows, metadata.positions)
         if self._vision is not None:
-            for row, part in zip(inputs.metadata.query_start, step.requests, strict=False):
-                slot = self._batch.slots[part.request_id]
+            for row, part, slot in zip(metadata.query_start, layout.parts, layout.slots, strict=False):
                 if part.start < slot.images_end:
                     end = part.start + part.num_tokens
                     self._vision.merge(hidden, row, part.start, end, slot.request.images)
-        return hidden  # type: ignore[no-any-return]
+        return hidden
+
+    def _look_up(self, token_rows: Tensor, positions: Tensor) -> Tensor:
+        """Embeddings (T, hidden) of the tokens at these positions of these slots."""
+        return self.model.language_model.embed_tokens(self._batch.token_table[token_rows, positions])  # type: ignore[no-any-return]
+
+    def _decode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """A step of one token each, that a graph can hold: all sizes follow from the batch's.
+
+        Args:
+            rows: (B, 3) int32 slot, index in its sequence and row of the rotary tables of each token.
+
+        Returns:
+            logits (B, vocabulary) float32 and the likeliest tokens (B), which are written to the slots.
+        """
+        token_rows, positions, rotary_rows = rows.T.contiguous()
+        size = len(rows)
+        metadata = AttentionMetadata(
+            num_decodes=size,
+            query_start=list(range(size + 1)),
+            seq_lens=[],
+            rows=[],
+            token_rows=token_rows,
+            positions=positions,
+            rotary_rows=rotary_rows,
+            block_table=self._batch.block_table,
+            prefills=rows[:0],
+        )
+        hidden = self.model.language_model(self._look_up(token_rows, positions), self._caches, metadata)
+        logits = self._logits[:size].copy_(self.model.head(hidden))
+        tokens = logits.argmax(-1)
+        self._batch.write_sampled(token_rows, positions + 1, tokens)
+        return logits, tokens
+
+    def _replay(self, decodes: GraphedFunction, layout: StepLayout, encoding: DeviceTimer | None) -> PendingStep:
+        count = len(layout.parts)
+        size = decodes.padded_size(count)
+        assert size is not None
+        padded = np.zeros((size, 3), np.int32)
+        padded[:, 0] = self._batch.padding_slot
+        padded[:count] = layout.tokens.T
+        rows = self._batch.upload(padded)
+        logits, tokens = decodes(rows)
+        chosen, logprobs = tokens[:count], None
+        if not self._sampler.is_plain(layout.sample_slots):
+            chosen, logprobs = self._sample(layout, logits[:count], rows[:count, 0], rows[:count, 1])
+        return self._pending(layout, chosen, logprobs, [], encoding)
 
     def _sample(
-        self, step: SchedulerOutput, inputs: StepInputs, hidden: Tensor, encoding: DeviceTimer | None
+        self, layout: StepLayout, logits: Tensor, slots: Tensor, positions: Tensor
+    ) -> tuple[Tensor, SampledLogprobs | None]:
+        """Choose a token for each row of logits, which are changed, and write it behind the last one of its slot.
+
+        Args:
+            layout: of the step.
+            logits: (S, vocabulary).
+            slots: (S) of the rows, on the device.
+            positions: (S) of the tokens that were last read.
+        """
+        wanted = self._sampler.logprobs_wanted(layout.sample_slots)
+        indices = np.flatnonzero(wanted >= 0)
+        raw = logits[self._batch.upload(indices)] if len(indices) else None
+        num_outputs = np.array([part.num_output_tokens for part in layout.parts if part.samples], np.int64)
+        chosen = self._sampler.sample(logits, layout.sample_slots, layout.sample_positions, num_outputs)
+        self._batch.write_sampled(slots, positions + 1, chosen)
+        if raw is None:
+            return chosen, None
+        names = [part.request_id for part in layout.parts if part.samples]
+        taken = chosen[self._batch.upload(indices)]
+        logprobs = self._download_logprobs(gather_logprobs(raw, taken, int(wanted.max())))
+        return chosen, SampledLogprobs([(names[i], int(wanted[i])) for i in indices], logprobs)
+
+    def _pending(
+        self,
+        layout: StepLayout,
+        tokens: Tensor,
+        logprobs: SampledLogprobs | None,
+        prompt_logprobs: list[tuple[str, int, Tensor, Logprobs]],
+        encoding: DeviceTimer | None,
     ) -> PendingStep:
-        parts = [part for part in step.requests if part.samples]
-        prompt_logprobs = self._prompt_logprobs(step, inputs, hidden)
-        tokens, logprobs, logprob_rows = torch.zeros(0, dtype=torch.int64), None, []
-        if parts:
-            logits = self.model.logits(hidden[inputs.sample_rows])
-            wanted = self._sampler.logprobs_wanted(inputs.sample_slots)
-            rows = np.flatnonzero(wanted >= 0)
-            raw = logits[self._batch.upload(rows)] if len(rows) else None
-            num_outputs = np.array([part.num_output_tokens for part in parts], np.int64)
-            chosen = self._sampler.sample(logits, inputs.sample_slots, inputs.sample_positions, num_outputs)
-            self._batch.write_sampled(inputs, chosen)
-            if raw is not None:
-                logprob_rows = [(parts[row].request_id, int(wanted[row])) for row in rows]
-                taken = chosen[self._batch.upload(rows)]
-                logprobs = self._download_logprobs(gather_logprobs(raw, taken, int(wanted.max())))
-            tokens = self._download(chosen)
-        done = None
+        """Start the tokens' way to the host."""
+        tokens, done = self._download(tokens), None
         if self.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
-        names = [part.request_id for part in parts]
-        return PendingStep(names, tokens, logprob_rows, logprobs, prompt_logprobs, encoding, done)
+        names = [part.request_id for part in layout.parts if part.samples]
+        return PendingStep(names, tokens, logprobs, prompt_logprobs, encoding, done)
 
-    def _prompt_logprobs(
-        self, step: SchedulerOutput, inputs: StepInputs, hidden: Tensor
-    ) -> list[tuple[str, int, Tensor, Logprobs]]:
+    def _prompt_logprobs(self, layout: StepLayout, hidden: Tensor) -> list[tuple[str, int, Tensor, Logprobs]]:
         found = []
-        for row, part in zip(inputs.metadata.query_start, step.requests, strict=False):
-            request = self._batch.slots[part.request_id].request
+        for row, part, slot in zip(layout.query_start.tolist(), layout.parts, layout.slots, strict=False):
+            request = slot.request
             count = request.params.prompt_logprobs
             last = min(part.start + part.num_tokens, len(request.prompt_token_ids) - 1)
             if count is None:
@@ -234,11 +275,11 @@ class ModelRunner:
         return int(total * self._config.gpu_memory_utilization) - others - peak - self._later_bytes()
 
     def _later_bytes(self) -> int:
-        """What is allocated as requests ask for it: encoded images, and the sampler's tables of penalties."""
+        """What is allocated later: encoded images, the sampler's tables of penalties, CUDA graphs."""
         config = self._config
         images = config.encoder_cache_tokens * config.text_config.hidden_size * config.dtype.itemsize
         penalties = config.max_num_seqs * config.vocab_size * (torch.int32.itemsize + torch.bool.itemsize)
-        return int(images + penalties)
+        return int(images + penalties) + (_GRAPH_BYTES if self._uses_graphs else 0)
 
     def _profile(self) -> None:
         """Run the largest step and the largest batch of images on a cache of one block."""
@@ -256,13 +297,37 @@ class ModelRunner:
 
     def _profile_step(self, tokens: int) -> Tensor:
         """One sequence of this many tokens, all in one block, which changes nothing about the memory it takes."""
-        config = self._config
-        zeros = torch.zeros(tokens, dtype=torch.int64, device=self.device)
-        blocks = torch.zeros(1, -(-tokens // config.block_size), dtype=torch.int32, device=self.device)
-        ends = torch.tensor([0, tokens], dtype=torch.int32, device=self.device)
-        metadata = AttentionMetadata([0, tokens], [tokens], ends, ends[1:], blocks, zeros)
-        hidden = self.model.language_model.embed_tokens(zeros)
-        return self.model.language_model(hidden, zeros, self._make_caches(1), metadata)  # type: ignore[no-any-return]
+        zeros = torch.zeros(tokens, dtype=torch.int32, device=self.device)
+        prefills = torch.tensor([[0], [tokens], [tokens], [self._batch.padding_slot]], dtype=torch.int32)
+        metadata = AttentionMetadata(
+            num_decodes=int(tokens == 1),
+            query_start=[0, tokens],
+            seq_lens=[tokens],
+            rows=[self._batch.padding_slot],
+            token_rows=zeros + self._batch.padding_slot,
+            positions=zeros,
+            rotary_rows=zeros,
+            block_table=self._batch.block_table,
+            prefills=prefills.to(self.device),
+        )
+        hidden = self._look_up(metadata.token_rows, metadata.positions)
+        return self.model.language_model(hidden, self._make_caches(1), metadata)  # type: ignore[no-any-return]
+
+    def _capture(self) -> None:
+        """Capture the steps in which every request has one token, and the vision tower."""
+        started = time.monotonic()
+        most, padding = self._config.max_num_seqs, torch.zeros(3, dtype=torch.int32)
+        padding[0] = self._batch.padding_slot
+        self._logits = torch.empty(most, self._config.vocab_size, dtype=torch.float32, device=self.device)
+        rows = padding.to(self.device).repeat(most, 1)
+        decodes = GraphedFunction(self._decode, rows, _graph_sizes(most))
+        pool = torch.cuda.graph_pool_handle()
+        with torch.inference_mode():
+            decodes.capture(pool, "decoding")
+            if self._vision is not None:
+                self._vision.capture(pool)
+        self._decodes = decodes
+        logger.info("captured CUDA graphs in %.1f s", time.monotonic() - started)
 
     def _make_caches(self, num_blocks: int) -> list[Tensor]:
         text = self._config.text_config
@@ -277,15 +342,11 @@ def _make_exact() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def _graph_sizes(most: int) -> list[int]:
+    """Batch sizes to capture: the gaps grow with the size, so that padding costs little."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, most, 16)]
+    return [size for size in sizes if size < most] + [most]
+
+
 def _free_cpu_bytes() -> int:
     return min(_CPU_CACHE_BYTES, int(psutil.virtual_memory().available * _CPU_CACHE_SHARE))
-
-
-def _positions(taken: list[int], counts: list[int], logprobs: Logprobs) -> list[PositionLogprobs]:
-    """A position's entry has the token taken first, then the best."""
-    values, ranks = logprobs.taken.tolist(), logprobs.rank.tolist()
-    top_values, top_ids = logprobs.top_values.tolist(), logprobs.top_ids.tolist()
-    return [
-        PositionLogprobs([token, *top_ids[i][:count]], [values[i], *top_values[i][:count]], ranks[i])
-        for i, (token, count) in enumerate(zip(taken, counts, strict=True))
-    ]

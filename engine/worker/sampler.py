@@ -72,6 +72,11 @@ class Sampler:
         """(rows) How many log probabilities each row wants; -1 for none."""
         return self._logprobs[slots]
 
+    def is_plain(self, slots: _Ints) -> bool:
+        """Whether these rows take the likeliest token, no questions asked."""
+        special = self._ruled | self._penalized | ~self._greedy | (self._logprobs >= 0)
+        return not special[slots].any()
+
     def sample(self, logits: Tensor, slots: _Ints, positions: _Ints, num_outputs: _Ints) -> Tensor:
         """Choose a token for each row.
 

@@ -1,6 +1,7 @@
 """Encodes images and keeps their embeddings until the scheduler lets them go."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor
 from engine.config import VisionConfig
 from engine.messages import ImageInput
 from engine.models.llava import LlavaForConditionalGeneration
+from engine.worker.cuda_graphs import GraphedFunction
 from engine.worker.input_batch import InputBatch
 
 MAX_BATCH = 8
 """Images encoded at once."""
+_GRAPH_SIZES = [1, 2, 4, 8]
 
 
 class VisionEncoder:
@@ -24,6 +27,16 @@ class VisionEncoder:
         self._dtype = model.multi_modal_projector.linear_1.weight.dtype
         self._embeddings: dict[bytes, Tensor] = {}
         self._grey_levels = None if config.processor is None else _grey_levels(config).to(batch.device)
+        self._graphed: GraphedFunction | None = None
+
+    def capture(self, pool: Any) -> None:
+        """Capture the encoding of uint8 pixels as CUDA graphs, if that is what comes."""
+        if self._grey_levels is not None and hasattr(self._model, "vision_tower"):
+            side = self._side
+            pixels = torch.zeros(MAX_BATCH, side, side, 3, dtype=torch.uint8, device=self._batch.device)
+            graphed = GraphedFunction(self._encode_pixels, pixels, _GRAPH_SIZES)
+            graphed.capture(pool, "the vision tower")
+            self._graphed = graphed
 
     def free(self, hashes: Iterable[bytes]) -> None:
         """Forget images."""
@@ -36,9 +49,8 @@ class VisionEncoder:
             group = [image for image in images if image.kind == kind]
             for first in range(0, len(group), MAX_BATCH):
                 some = group[first : first + MAX_BATCH]
-                inputs = self._inputs(kind, some)
-                embeddings = self._model.project(inputs) if kind == "features" else self._model.encode(inputs)
-                for image, embedding in zip(some, embeddings, strict=True):
+                embeddings = self._encode(kind, some)
+                for image, embedding in zip(some, embeddings, strict=False):  # there may be padding
                     # A copy, lest one image keep the memory of all that were encoded with it.
                     self._embeddings[image.hash] = embedding.clone()
 
@@ -60,21 +72,36 @@ class VisionEncoder:
 
     def profile(self) -> None:
         """Run the largest batch once, so that its memory is accounted for."""
-        tower = getattr(self._model, "vision_tower", None)
-        if tower is not None:
-            side = int((tower.embeddings.position_embedding.weight.shape[0] - 1) ** 0.5) * tower.embeddings.patch_size
-            shape = (MAX_BATCH, 3, side, side)
+        if hasattr(self._model, "vision_tower"):
+            shape = (MAX_BATCH, 3, self._side, self._side)
             self._model.encode(torch.zeros(shape, dtype=self._dtype, device=self._batch.device))
 
-    def _inputs(self, kind: str, images: list[ImageInput]) -> Tensor:
+    @property
+    def _side(self) -> int:
+        """Pixels of a picture's side, as the tower takes it."""
+        embeddings = self._model.vision_tower.embeddings
+        return int((embeddings.position_embedding.weight.shape[0] - 1) ** 0.5) * int(embeddings.patch_size)
+
+    def _encode(self, kind: str, images: list[ImageInput]) -> Tensor:
+        """Embeddings (B, tokens, hidden), of more images than these where a graph wants so."""
         wire = np.uint8 if kind == "pixels" else np.float32
         stacked = np.stack([np.frombuffer(image.data, wire).reshape(image.shape) for image in images])
+        if kind == "pixels" and self._graphed is not None:
+            size = self._graphed.padded_size(len(stacked))
+            assert size is not None
+            stacked = np.concatenate((stacked, np.zeros((size - len(stacked), *stacked.shape[1:]), wire)))
+            return self._graphed(self._batch.upload(stacked))  # type: ignore[no-any-return]
         inputs = self._batch.upload(stacked)
         if kind == "pixels":
-            assert self._grey_levels is not None
-            channels = torch.arange(3, device=inputs.device).view(1, 3, 1, 1)
-            inputs = self._grey_levels[channels, inputs.permute(0, 3, 1, 2).int()]
-        return inputs.to(self._dtype)
+            return self._encode_pixels(inputs)
+        inputs = inputs.to(self._dtype)
+        return self._model.project(inputs) if kind == "features" else self._model.encode(inputs)
+
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        """(B, height, width, 3) uint8 to embeddings (B, tokens, hidden)."""
+        assert self._grey_levels is not None
+        channels = torch.arange(3, device=pixels.device).view(1, 3, 1, 1)
+        return self._model.encode(self._grey_levels[channels, pixels.permute(0, 3, 1, 2).int()].to(self._dtype))
 
 
 def _grey_levels(config: VisionConfig) -> Tensor:

@@ -47,7 +47,8 @@ def test_samples(client: OpenAI, file: str, question: str, answer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["color", "kind", "place", "size", "count", "yes/no", "read a word", "chart", "cannot tell", "follow-up", "talk"]
+    "name",
+    ["color", "kind", "place", "size", "count", "yes/no", "read a word", "chart", "cannot tell", "follow-up", "talk"],
 )
 def test_ten_questions_of_a_kind(client: OpenAI, name: str) -> None:
     ask = asker(client, "demo")

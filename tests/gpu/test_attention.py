@@ -1,53 +1,94 @@
-"""The Triton kernel against the torch reference."""
+"""The attention kernels against the torch reference.
+
+They also run without a GPU, slowly, where triton is installed and TRITON_INTERPRET=1 is set.
+"""
 
 import pytest
 import torch
 from torch import Tensor
 
-from engine.attention import AttentionBackend, AttentionMetadata
+from engine.attention import AttentionMetadata
 from engine.attention.sdpa import SDPAttention
+from tests.gpu.conftest import DEVICE, INTERPRETS
 
 BLOCK = 16
+ROWS = 9
 
 
 def metadata(counts: list[int], lengths: list[int], device: str) -> tuple[AttentionMetadata, int]:
+    """Of requests with this many new tokens and this length; those with one token must come first."""
     generator = torch.Generator().manual_seed(0)
     needed = [-(-length // BLOCK) for length in lengths]
     order = torch.randperm(sum(needed) + 3, generator=generator).int()
-    table = torch.zeros(len(counts), max(needed), dtype=torch.int32)
-    starts, slots, used = [0], [], 0
-    for i, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-        table[i, : needed[i]] = order[used : used + needed[i]]
-        used += needed[i]
+    table = torch.zeros(ROWS, max(needed), dtype=torch.int32)
+    rows = torch.randperm(ROWS, generator=generator)[: len(counts)].tolist()
+    starts, used = [0], 0
+    for row, count, blocks in zip(rows, counts, needed, strict=True):
+        table[row, :blocks] = order[used : used + blocks]
+        used += blocks
         starts.append(starts[-1] + count)
-        slots += [int(table[i, p // BLOCK]) * BLOCK + p % BLOCK for p in range(length - count, length)]
-    made = AttentionMetadata(
-        starts, lengths, torch.tensor(starts).int(), torch.tensor(lengths).int(), table, torch.tensor(slots)
-    )
-    for name in ("query_start_dev", "seq_lens_dev", "block_table", "slot_mapping"):
-        setattr(made, name, getattr(made, name).to(device))
-    return made, len(order)
+    positions = torch.cat([torch.arange(n - count, n) for count, n in zip(counts, lengths, strict=True)]).int()
+    decodes = counts.count(1)
+    prefills = torch.tensor([starts[decodes:-1], counts[decodes:], lengths[decodes:], rows[decodes:]]).int()
+    owners = torch.repeat_interleave(torch.tensor(rows), torch.tensor(counts)).int()
+    tensors = [tensor.to(device) for tensor in (owners, positions, positions, table, prefills)]
+    return AttentionMetadata(decodes, starts, lengths, rows, *tensors), len(order)
 
 
-def attend(backend: AttentionBackend, tensors: list[Tensor], meta: AttentionMetadata, window: int | None) -> Tensor:
-    query, key, value, cache = (tensor.clone() for tensor in tensors)
-    scale = query.shape[-1] ** -0.5
-    return backend.forward(query, key, value, cache, meta, scale=scale, sliding_window=window)
+def check(
+    dtype: torch.dtype, shape: tuple[int, int, int], window: int | None, counts: list[int], lengths: list[int]
+) -> None:
+    from engine.attention.triton import TritonAttention
+
+    heads, kv_heads, head_dim = shape
+    device_meta, blocks = metadata(counts, lengths, DEVICE)
+    host_meta, _ = metadata(counts, lengths, "cpu")
+    generator = torch.Generator().manual_seed(1)
+    qkv = torch.randn(sum(counts), heads + 2 * kv_heads, head_dim, generator=generator).to(dtype)
+    cache = torch.randn(2, blocks, BLOCK, kv_heads, head_dim, generator=generator).to(dtype)
+    angles = torch.rand(max(lengths), head_dim // 2, generator=generator) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def attend(backend: object, meta: AttentionMetadata, tensors: list[Tensor]) -> Tensor:
+        found: Tensor = backend.forward(*tensors, meta, scale=head_dim**-0.5, sliding_window=window)  # type: ignore[attr-defined]
+        return found
+
+    inputs = [qkv, cos, sin, cache]
+    on_host = [tensor.float().clone() for tensor in inputs]
+    on_device = [tensor.to(DEVICE).clone() for tensor in inputs]
+    expected = attend(SDPAttention(), host_meta, on_host)
+    found = attend(TritonAttention(), device_meta, on_device)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(found.float().cpu(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(on_device[3].float().cpu(), on_host[3], atol=tolerance, rtol=tolerance)
+
+
+COUNTS = [1, 1, 1, 30, 100, 7]
+LENGTHS = [1, 50, 200, 30, 333, 64]
+# The interpreter knows no products of bfloat16.
+DTYPES = [torch.float32, torch.float16] if INTERPRETS else [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [(4, 4, 64), (8, 2, 128), (6, 1, 80), (2, 2, 16)]
 
 
 @pytest.mark.parametrize("window", [None, 5, 40])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 64), (8, 2, 128), (6, 1, 80), (2, 2, 16)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_equals_reference(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, window: int | None) -> None:
-    from engine.attention.triton import TritonAttention
+@pytest.mark.parametrize("shape", SHAPES[1:3] if INTERPRETS else SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mixed_batch(dtype: torch.dtype, shape: tuple[int, int, int], window: int | None) -> None:
+    check(dtype, shape, window, COUNTS, LENGTHS)
 
-    counts, lengths = [1, 30, 1, 100, 7, 1], [1, 30, 50, 333, 64, 200]
-    device_meta, blocks = metadata(counts, lengths, "cuda")
-    host_meta, _ = metadata(counts, lengths, "cpu")
-    generator = torch.Generator().manual_seed(1)
-    shapes = [(sum(counts), heads), (sum(counts), kv_heads), (sum(counts), kv_heads), (2, blocks, BLOCK, kv_heads)]
-    tensors = [torch.randn(*shape, head_dim, generator=generator).to(dtype) for shape in shapes]
-    expected = attend(SDPAttention(), [tensor.float() for tensor in tensors], host_meta, window)
-    found = attend(TritonAttention(), [tensor.cuda() for tensor in tensors], device_meta, window)
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(found.float().cpu(), expected, atol=tolerance, rtol=tolerance)
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("shape", [(4, 4, 64), (8, 2, 128)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_decodes(dtype: torch.dtype, shape: tuple[int, int, int], window: int | None) -> None:
+    check(dtype, shape, window, [1] * 5, [900, 1, 17, 16, 333])
+
+
+@pytest.mark.parametrize("splits", [1, 2, 8, 16])
+def test_any_number_of_splits(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.attention import triton_decode
+
+    plan = triton_decode.DecodePlan(splits, 32, 4)
+    monkeypatch.setattr(triton_decode, "plan", lambda *args, **settings: plan)
+    for shape in ((4, 4, 32), (4, 1, 32)):
+        check(torch.float32, shape, None, [1] * 4, [300, 1, 31, 257])

@@ -19,10 +19,11 @@ SPECS = {
     "text": CheckpointSpec(seed=6, kind="llama"),
 }
 # Small enough for several tests to share a GPU.
-ROOMY = {"kv_cache_memory_bytes": 1 << 28}
+ROOMY = {"kv_cache_memory_bytes": 1 << 28, "max_num_seqs": 48}
 LIMITS: dict[str, dict[str, Any]] = {
     "roomy": ROOMY,
     "tiny chunks": {"max_num_batched_tokens": 7, **ROOMY},
+    "no graphs": {"enforce_eager": True, **ROOMY},
     "few blocks": {"num_gpu_blocks_override": 24, "max_num_seqs": 16},
     "no prefix cache": {"enable_prefix_caching": False, **ROOMY},
 }
@@ -71,3 +72,35 @@ def test_sampling_is_the_same_in_any_batch(checkpoint: MakeCheckpoint) -> None:
     assert set(alone[3].outputs[0].token_ids) <= set(range(300, 500))
     assert len(alone[2].prompt_logprobs or []) == len(alone[2].prompt_token_ids)
     assert len(alone[0].outputs[0].logprobs or []) == 30
+
+
+def test_graphs_and_padding_change_no_token(checkpoint: MakeCheckpoint) -> None:
+    """Every batch size up to one above the largest that is captured exactly."""
+    folder = str(checkpoint(SPECS["gqa"]))
+    params = SamplingParams(temperature=0, max_tokens=6)
+    prompts = [f"USER: What is number {number}? ASSISTANT:" for number in range(41)]
+    eager = LLM(folder, dtype="float32", device="cuda", enforce_eager=True, **ROOMY)
+    expected = [output.outputs[0].token_ids for output in eager.generate(prompts, params, use_tqdm=False)]
+    graphed = LLM(folder, dtype="float32", device="cuda", **ROOMY)
+    assert graphed._core.runner._decodes is not None
+    for count in (*range(1, 20), 31, 32, 33, 41):
+        outputs = graphed.generate(prompts[:count], params, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == expected[:count]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_close_and_repeats(dtype: str, checkpoint: MakeCheckpoint) -> None:
+    """Log probabilities of the first token stay near those of float32, and greedy tokens are the same each time."""
+    folder = str(checkpoint(SPECS["gqa"]))
+    prompts = [f"USER: What is number {number}? ASSISTANT:" for number in range(20)]
+    params = SamplingParams(temperature=0, max_tokens=12, logprobs=3)
+    runs = []
+    for kind in ("float32", dtype):
+        llm = LLM(folder, dtype=kind, device="cuda", **ROOMY)
+        runs += [llm.generate(prompts, params, use_tqdm=False) for _ in range(2)]
+    exact, _, first, second = runs
+    assert [o.outputs[0].token_ids for o in first] == [o.outputs[0].token_ids for o in second]
+    for one, other in zip(exact, first, strict=True):
+        wide, narrow = (output.outputs[0].logprobs[0] for output in (one, other))  # type: ignore[index]
+        for token in wide.keys() & narrow.keys():
+            assert abs(wide[token].logprob - narrow[token].logprob) < (0.4 if dtype == "bfloat16" else 0.05)

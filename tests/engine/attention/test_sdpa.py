@@ -6,12 +6,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.attention import AttentionMetadata, attention_backend, write_kv
+from engine.attention import AttentionMetadata, attention_backend
 from engine.attention.sdpa import SDPAttention
 
 HEAD_DIM = 8
 MIXED = ([1, 9, 1, 33, 4], [1, 9, 40, 33, 57])
 """Tokens of this step and tokens in all: first decode, whole prompts, decode, a later chunk."""
+
+
+def metadata(
+    starts: list[int], lengths: list[int], rows: list[int], owners: list[int], positions: list[int], table: Tensor
+) -> AttentionMetadata:
+    """The CPU needs no order of requests, and looks at no `prefills`."""
+    tokens, places = torch.tensor(owners).int(), torch.tensor(positions).int()
+    return AttentionMetadata(0, starts, lengths, rows, tokens, places, places, table, torch.zeros(4, 0).int())
+
+
+def attend(
+    qkv: Tensor, cache: Tensor, meta: AttentionMetadata, *, scale: float = 0.3, window: int | None = None
+) -> Tensor:
+    """Attention with rotations by no angle at all."""
+    cos, sin = torch.ones(100, HEAD_DIM // 2, dtype=qkv.dtype), torch.zeros(100, HEAD_DIM // 2, dtype=qkv.dtype)
+    return SDPAttention().forward(qkv, cos, sin, cache, meta, scale=scale, sliding_window=window)
 
 
 class Case:
@@ -53,20 +69,15 @@ class Case:
         starts = [0]
         for count in counts:
             starts.append(starts[-1] + count)
-        self.metadata = AttentionMetadata(
-            query_start=starts,
-            seq_lens=lengths,
-            query_start_dev=torch.tensor(starts, dtype=torch.int32),
-            seq_lens_dev=torch.tensor(lengths, dtype=torch.int32),
-            block_table=table,
-            slot_mapping=torch.tensor(
-                [
-                    block * block_size + offset
-                    for i, (count, length) in enumerate(zip(counts, lengths, strict=True))
-                    for block, offset in (self.place(i, p) for p in range(length - count, length))
-                ]
-            ),
-        )
+        positions = [range(length - count, length) for count, length in zip(counts, lengths, strict=True)]
+        owners = [i for i, count in enumerate(counts) for _ in range(count)]
+        self.written = {
+            block * block_size + offset
+            for i, some in enumerate(positions)
+            for block, offset in (self.place(i, p) for p in some)
+        }
+        rows = list(range(len(counts)))
+        self.metadata = metadata(starts, lengths, rows, owners, [p for some in positions for p in some], table)
 
     def place(self, sequence: int, position: int) -> tuple[int, int]:
         return self.blocks[sequence][position // self.block_size], position % self.block_size
@@ -75,15 +86,8 @@ class Case:
         return torch.cat([tensor[len(tensor) - count :] for tensor, count in zip(tensors, self.counts, strict=True)])
 
     def attend(self, *, scale: float = 0.3, window: int | None = None) -> Tensor:
-        return SDPAttention().forward(
-            torch.cat(self.queries),
-            self.newest(self.keys),
-            self.newest(self.values),
-            self.cache,
-            self.metadata,
-            scale=scale,
-            sliding_window=window,
-        )
+        qkv = torch.cat((torch.cat(self.queries), self.newest(self.keys), self.newest(self.values)), dim=1)
+        return attend(qkv, self.cache, self.metadata, scale=scale, window=window)
 
     def expected(self, *, scale: float = 0.3, window: int | None = None) -> Tensor:
         """One query, one head and one key after the other, in float64."""
@@ -144,17 +148,11 @@ def test_alone_as_in_a_batch() -> None:
     together = case.attend()
     for i, (count, length) in enumerate(zip(*MIXED, strict=True)):
         start = case.metadata.query_start[i]
-        meta = case.metadata
-        single = AttentionMetadata(
-            query_start=[0, count],
-            seq_lens=[length],
-            query_start_dev=torch.tensor([0, count], dtype=torch.int32),
-            seq_lens_dev=torch.tensor([length], dtype=torch.int32),
-            block_table=meta.block_table[i : i + 1],
-            slot_mapping=meta.slot_mapping[start : start + count],
+        single = metadata(
+            [0, count], [length], [i], [i] * count, list(range(length - count, length)), case.metadata.block_table
         )
-        tensors = (case.queries[i], case.keys[i][length - count :], case.values[i][length - count :])
-        found = SDPAttention().forward(*tensors, case.cache, single, scale=0.3, sliding_window=None)
+        newest = (case.queries[i], case.keys[i][length - count :], case.values[i][length - count :])
+        found = attend(torch.cat(newest, dim=1), case.cache, single)
         assert torch.equal(found, together[start : start + count])
 
 
@@ -162,9 +160,8 @@ def test_only_the_slots_of_the_step_are_written() -> None:
     case = Case(*MIXED)
     before = case.cache.clone()
     case.attend()
-    written = set(case.metadata.slot_mapping.tolist())
     changed = (case.cache != before).flatten(3).any(-1).flatten(1)
-    assert {int(slot) for slot in changed[0].nonzero()} == {int(slot) for slot in changed[1].nonzero()} == written
+    assert {int(slot) for slot in changed[0].nonzero()} == {int(slot) for slot in changed[1].nonzero()} == case.written
     for i, length in enumerate(case.lengths):
         for position in range(length):
             assert torch.equal(case.cache[0][case.place(i, position)], case.keys[i][position])
@@ -179,16 +176,21 @@ def test_block_written_in_this_step_is_read_by_another_request() -> None:
     assert_equal(case.attend(), case.expected())
 
 
-def test_write_kv_takes_strided_keys() -> None:
-    """The model cuts queries, keys and values out of one product, so that they are not contiguous."""
-    cache = torch.zeros(2, 3, 16, 2, HEAD_DIM)
-    fused = torch.randn(5, 6, HEAD_DIM)
-    _, key, value = fused.split([2, 2, 2], dim=1)
-    slots = torch.tensor([40, 3, 17, 0, 31])
-    write_kv(key, value, cache, slots)
-    assert torch.equal(cache[0].flatten(0, 1)[slots], key)
-    assert torch.equal(cache[1].flatten(0, 1)[slots], value)
-    assert cache.count_nonzero() == 2 * key.numel()
+def test_queries_and_keys_are_rotated_by_their_own_angles() -> None:
+    """Turning both by the same angle changes no score; what is written is turned, and values are not."""
+    case = Case([1], [1], heads=2, kv_heads=1)
+    qkv = torch.cat((case.queries[0], case.keys[0], case.values[0]), dim=1)
+    angles = torch.tensor([0.0, 0.3, 1.0, 2.0]).expand(100, -1)
+    found = SDPAttention().forward(
+        qkv.clone(), angles.cos(), angles.sin(), case.cache, case.metadata, scale=1.0, sliding_window=None
+    )
+    block, offset = case.place(0, 0)
+    key = case.keys[0][0, 0].double()
+    turned = [key[i] * math.cos(a) - key[i + 4] * math.sin(a) for i, a in enumerate(angles[0].tolist())]
+    turned += [key[i + 4] * math.cos(a) + key[i] * math.sin(a) for i, a in enumerate(angles[0].tolist())]
+    torch.testing.assert_close(case.cache[0, block, offset, 0].double(), torch.stack(turned), atol=1e-6, rtol=1e-6)
+    assert torch.equal(case.cache[1, block, offset], case.values[0][0])
+    torch.testing.assert_close(found[0], case.values[0].expand(1, 2, -1)[0])
 
 
 def test_cpu_gets_sdpa() -> None:

@@ -1,0 +1,100 @@
+"""Attention of requests with several tokens, as one Triton kernel by online softmax (Dao et al., 2022)."""
+
+from itertools import pairwise
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.attention import AttentionMetadata
+
+
+@triton.jit(do_not_specialize=["num_prefills"])  # type: ignore[untyped-decorator]
+def _prefill(  # type: ignore[no-untyped-def]
+    query, cache, output, prefills, block_table, num_prefills,
+    scale, value_offset, query_stride, output_stride, block_stride, slot_stride, table_stride,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: `ROWS` (token, head of the group) pairs of one request and one key-value head."""
+    request = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    first_row = tl.program_id(2) * ROWS
+    start = tl.load(prefills + request)
+    num_tokens = tl.load(prefills + num_prefills + request)
+    if first_row >= num_tokens * GROUP:
+        return
+    seq_len = tl.load(prefills + 2 * num_prefills + request)
+    table = block_table + tl.load(prefills + 3 * num_prefills + request).to(tl.int64) * table_stride
+    rows = first_row + tl.arange(0, ROWS)
+    tokens = rows // GROUP
+    heads = kv_head * GROUP + rows % GROUP
+    dims = tl.arange(0, HEAD_PAD)
+    row_mask = (tokens < num_tokens)[:, None] & (dims < HEAD_DIM)[None, :]
+    in_head = heads[:, None] * HEAD_DIM + dims[None, :]
+    places = (start + tokens)[:, None].to(tl.int64)
+    q = tl.load(query + places * query_stride + in_head, mask=row_mask, other=0.0)
+    positions = seq_len - num_tokens + tokens
+
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+    last_token = tl.minimum((first_row + ROWS - 1) // GROUP, num_tokens - 1)
+    end = seq_len - num_tokens + last_token + 1
+    begin = 0
+    if WINDOW > 0:
+        begin = tl.maximum(seq_len - num_tokens + first_row // GROUP - WINDOW + 1, 0) // COLUMNS * COLUMNS
+    for column in range(begin, end, COLUMNS):
+        columns = column + tl.arange(0, COLUMNS)
+        in_range = columns < end
+        blocks = tl.load(table + columns // BLOCK_SIZE, mask=in_range, other=0)
+        slots = blocks.to(tl.int64) * block_stride + (columns % BLOCK_SIZE) * slot_stride + kv_head * HEAD_DIM
+        kv_mask = in_range[:, None] & (dims < HEAD_DIM)[None, :]
+        k = tl.load(cache + slots[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        seen = columns[None, :] <= positions[:, None]
+        if WINDOW > 0:
+            seen &= columns[None, :] > positions[:, None] - WINDOW
+        scores = tl.where(seen, scores, float("-inf"))
+        newest = tl.maximum(best, tl.max(scores, 1))
+        # A row that has seen no key yet keeps -inf; it must not become NaN.
+        safe = tl.where(newest == float("-inf"), 0.0, newest)
+        weights = tl.exp(scores - safe[:, None])
+        decay = tl.exp(best - safe)
+        total = total * decay + tl.sum(weights, 1)
+        v = tl.load(cache + value_offset + slots[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+        acc = acc * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        best = newest
+    acc = acc / total[:, None]
+    tl.store(output + places * output_stride + in_head, acc.to(output.dtype.element_ty), mask=row_mask)
+
+
+def prefill_attention(
+    query: Tensor, cache: Tensor, output: Tensor, metadata: AttentionMetadata, *, scale: float, window: int
+) -> None:
+    """Attend for the requests behind the first `num_decodes`.
+
+    Args:
+        query: (T, heads, head_dim), rotated.
+        cache: the layer's, this step's keys and values written.
+        output: (T, heads, head_dim) to write to.
+        metadata: of the step.
+        scale: of the scores.
+        window: positions that a token sees; 0 for all.
+    """
+    heads, head_dim = query.shape[1:]
+    kv_heads = cache.shape[3]
+    group = heads // kv_heads
+    starts = metadata.query_start[metadata.num_decodes :]
+    longest = max(end - start for start, end in pairwise(starts))
+    exact = query.dtype == torch.float32
+    rows = 16 if longest * group <= 16 else (32 if exact else 64)
+    _prefill[(len(starts) - 1, kv_heads, triton.cdiv(longest * group, rows))](
+        query, cache, output, metadata.prefills, metadata.block_table, len(starts) - 1,
+        scale, cache.stride(0), query.stride(0), output.stride(0), cache.stride(1), cache.stride(2),
+        metadata.block_table.stride(0),
+        GROUP=group, HEAD_DIM=head_dim, HEAD_PAD=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_SIZE=cache.shape[2], ROWS=rows, COLUMNS=32 if exact else 64, WINDOW=window,
+        PRECISION="ieee" if exact else "tf32", num_warps=4,
+    )  # fmt: skip

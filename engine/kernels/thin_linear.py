@@ -1,0 +1,68 @@
+"""Products of few rows with a weight: bound by the reading of the weight, which cuBLAS does not do at full speed."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ThinPlan:
+    """How the work is cut: outputs of one program, inputs read at once."""
+
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
+def _thin_linear(  # type: ignore[no-untyped-def]
+    x, weight, output, num_rows, size_in, size_out,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: some outputs of all rows."""
+    outs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    ins = tl.arange(0, INPUTS)
+    rows = tl.arange(0, ROWS)
+    weights = weight + outs[:, None].to(tl.int64) * size_in + ins[None, :]
+    out_mask = outs < size_out
+    if ROWS == 1:
+        sums = tl.zeros([OUTPUTS, INPUTS], tl.float32)
+    else:
+        sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    for start in tl.range(0, size_in, INPUTS, num_stages=STAGES):
+        in_mask = ins < size_in - start
+        if EVEN:
+            w = tl.load(weights + start, eviction_policy="evict_first")
+        else:
+            w = tl.load(weights + start, mask=out_mask[:, None] & in_mask[None, :], other=0.0)
+        if ROWS == 1:
+            v = tl.load(x + start + ins, mask=in_mask, other=0.0)
+            sums += w.to(tl.float32) * v.to(tl.float32)[None, :]
+        else:
+            v_mask = in_mask[:, None] & (rows < num_rows)[None, :]
+            v = tl.load(x + rows[None, :] * size_in + (start + ins)[:, None], mask=v_mask, other=0.0)
+            sums = tl.dot(w, v, sums)
+    if ROWS == 1:
+        tl.store(output + outs, tl.sum(sums, 1).to(output.dtype.element_ty), mask=out_mask)
+    else:
+        mask = out_mask[:, None] & (rows < num_rows)[None, :]
+        tl.store(output + rows[None, :] * size_out + outs[:, None], sums.to(output.dtype.element_ty), mask=mask)
+
+
+def thin_linear(x: Tensor, weight: Tensor, plan: ThinPlan) -> Tensor:
+    """`x` (M, in), M at most `MOST_ROWS`, times the transpose of `weight` (out, in), summed in float32."""
+    rows, size_in = x.shape
+    size_out = weight.shape[0]
+    output = torch.empty(rows, size_out, dtype=x.dtype, device=x.device)
+    _thin_linear[(triton.cdiv(size_out, plan.outputs),)](
+        x, weight, output, rows, size_in, size_out,
+        ROWS=1 if rows == 1 else MOST_ROWS, OUTPUTS=plan.outputs, INPUTS=plan.inputs,
+        EVEN=size_in % plan.inputs == 0 and size_out % plan.outputs == 0, STAGES=plan.stages, num_warps=plan.warps,
+    )  # fmt: skip
+    return output

@@ -1,0 +1,52 @@
+"""The small kernels against torch."""
+
+import pytest
+import torch
+
+from engine.kernels import torch_ops
+from tests.gpu.conftest import DEVICE, INTERPRETS
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def tolerances(dtype: torch.dtype) -> dict[str, float]:
+    return {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+
+
+@pytest.mark.parametrize("size", [64, 160, 4096])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms(dtype: torch.dtype, size: int) -> None:
+    from engine.kernels import triton_ops
+
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(5, size, generator=generator).to(dtype).to(DEVICE) for _ in range(2))
+    weight = torch.rand(size, generator=generator).to(dtype).to(DEVICE)
+    torch.testing.assert_close(
+        triton_ops.rms_norm(x, weight, 1e-5), torch_ops.rms_norm(x, weight, 1e-5), **tolerances(dtype)
+    )
+    ours, theirs = residual.clone(), residual.clone()
+    found = triton_ops.add_rms_norm(x, ours, weight, 1e-5)
+    torch.testing.assert_close(found, torch_ops.add_rms_norm(x, theirs, weight, 1e-5), **tolerances(dtype))
+    torch.testing.assert_close(ours, theirs, **tolerances(dtype))
+
+
+@pytest.mark.parametrize("size", [64, 1500, 11008])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activation(dtype: torch.dtype, size: int) -> None:
+    from engine.kernels import triton_ops
+
+    gate_up = (torch.randn(3, 2 * size, generator=torch.Generator().manual_seed(0)) * 3).to(dtype).to(DEVICE)
+    torch.testing.assert_close(triton_ops.silu_mul(gate_up), torch_ops.silu_mul(gate_up), **tolerances(dtype))
+
+
+@pytest.mark.parametrize(("size_in", "size_out"), [(256, 96), (192, 100), (1000, 33)])
+@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETS else [torch.bfloat16, torch.float16])
+def test_thin_linear(dtype: torch.dtype, rows: int, size_in: int, size_out: int) -> None:
+    from engine.kernels.thin_linear import ThinPlan, thin_linear
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, size_in, generator=generator).to(dtype).to(DEVICE) for n in (rows, size_out))
+    plan = ThinPlan(16, 512, 4, 1) if rows == 1 else ThinPlan(32, 128, 4, 3)
+    expected = (x.double() @ weight.double().T).to(dtype)
+    torch.testing.assert_close(thin_linear(x, weight, plan), expected, **tolerances(dtype))
