@@ -228,8 +228,9 @@ def test_gpu_has_deeper_pipeline_and_larger_batches(folder: Path, monkeypatch: p
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     made = config(folder, device="auto")
     assert made.device == torch.device("cuda")
-    assert (made.pipeline_depth, made.max_num_seqs, made.max_num_batched_tokens) == (2, 256, 8192)
+    assert (made.pipeline_depth, made.max_num_seqs, made.max_num_batched_tokens) == (2, 256, 2048)
     assert config(folder, device="cpu").device == torch.device("cpu")
+    assert config(folder, device="cuda", enforce_eager=True).enforce_eager
 
 
 @pytest.mark.parametrize(
