@@ -1,11 +1,10 @@
 """Paged attention with torch's scaled_dot_product_attention: for the CPU, and the reference for kernels."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention import AttentionMetadata
-from engine.kernels.torch_ops import rotate
+from engine.kernels.torch_ops import attend, rotate
 
 
 class SDPAttention:
@@ -35,7 +34,7 @@ class SDPAttention:
             first_block = first // block_size
             blocks = metadata.block_table[metadata.rows[i], first_block : -(-seq_len // block_size)]
             first = first_block * block_size
-            keys, values = cache[:, blocks].flatten(1, 2)[:, : seq_len - first].transpose(1, 2)
+            keys, values = cache.index_select(1, blocks).flatten(1, 2)[:, : seq_len - first].transpose(1, 2)
             output[start:end] = _attend(
                 query[start:end], keys, values, first=first, seq_len=seq_len, scale=scale, window=sliding_window
             )
@@ -64,12 +63,6 @@ def _attend(
         mask = columns <= rows
         if window is not None:
             mask &= columns > rows - window
-    attended = F.scaled_dot_product_attention(
-        query.transpose(0, 1).unsqueeze(0),
-        keys.unsqueeze(0),
-        values.unsqueeze(0),
-        attn_mask=mask,
-        scale=scale,
-        enable_gqa=query.shape[1] != keys.shape[0],
-    )
+    heads_first = query.transpose(0, 1).unsqueeze(0)
+    attended = attend(heads_first, keys.unsqueeze(0), values.unsqueeze(0), mask=mask, scale=scale)
     return attended.squeeze(0).transpose(0, 1)

@@ -32,3 +32,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     if gate_up.is_cuda:
         return gpu_ops.silu_mul(gate_up)
     return torch_ops.silu_mul(gate_up)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x` (…, in) times the transpose of `weight` (out, in), and a bias (out)."""
+    if x.is_cuda:
+        return gpu_ops.linear(x, weight, bias)
+    return torch_ops.linear(x, weight, bias)

@@ -4,6 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.cpu_features import multiplies_in
+
+_WIDENING_PAYS = 16
+"""Rows from which a product in float32 makes up for widening the weight, on a CPU without instructions for its type."""
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `engine.kernels.rms_norm`."""
@@ -21,6 +26,34 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """See `engine.kernels.silu_mul`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `engine.kernels.linear`."""
+    rows = x.numel() // x.shape[-1]
+    if rows < _WIDENING_PAYS or x.device.type != "cpu" or multiplies_in(x.dtype):
+        return F.linear(x, weight, bias)
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Attention of (B, heads, tokens, head_dim) to keys and values, whose heads may be fewer.
+
+    Args:
+        query: in the type that the result has too.
+        key: (B, kv_heads, keys, head_dim).
+        value: likewise.
+        mask: (tokens, keys) true where a key is seen; None: all are.
+        scale: of the scores; None: one over the root of the head's size.
+    """
+    dtype = query.dtype
+    if query.device.type == "cpu" and not multiplies_in(dtype):
+        query, key, value = query.float(), key.float(), value.float()
+    grouped = query.shape[1] != key.shape[1]
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return attended.to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

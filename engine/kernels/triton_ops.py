@@ -1,6 +1,7 @@
 """The small operations as Triton kernels; each rounds where torch, op by op, would round."""
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -105,6 +106,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     output = torch.empty(rows, both // 2, dtype=gate_up.dtype, device=gate_up.device)
     _silu_mul[(rows, triton.cdiv(both // 2, _SILU_BLOCK))](gate_up, output, both // 2, BLOCK=_SILU_BLOCK)
     return output
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `engine.kernels.linear`."""
+    return F.linear(x, weight, bias)
 
 
 def rotate_and_store(

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from engine.kernels.torch_ops import attend
+from engine.models.linear import Linear
+
 
 class ClipEmbeddings(nn.Module):
     """Patches, a class token in front, and learned positions."""
@@ -17,7 +20,7 @@ class ClipEmbeddings(nn.Module):
         size, area = config.hidden_size, config.num_channels * config.patch_size**2
         positions = (config.image_size // config.patch_size) ** 2 + 1
         self.class_embedding = nn.Parameter(torch.empty(size), requires_grad=False)
-        self.patch_embedding = nn.Linear(area, size, bias=False)
+        self.patch_embedding = Linear(area, size, bias=False)
         self.position_embedding = nn.Embedding(positions, size)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -35,14 +38,14 @@ class ClipAttention(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, tokens, size) to the same."""
         qkv = self.qkv_proj(hidden).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = attend(query, key, value)
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -51,8 +54,8 @@ class ClipMLP(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from engine.attention import AttentionBackend, AttentionMetadata
-from engine.kernels import add_rms_norm, rms_norm, silu_mul
+from engine.kernels import add_rms_norm, linear, rms_norm, silu_mul
+from engine.models.linear import Linear
 from engine.models.rotary import RotaryEmbedding
 
 
@@ -23,8 +24,8 @@ class LlamaAttention(nn.Module):
         self.backend = backend
         bias = getattr(config, "attention_bias", False)
         rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
+        self.qkv_proj = Linear(config.hidden_size, rows, bias=bias)
+        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
 
     def forward(self, hidden: Tensor, rotary: RotaryEmbedding, cache: Tensor, metadata: AttentionMetadata) -> Tensor:
         """(T, hidden) to (T, hidden)."""
@@ -46,8 +47,8 @@ class LlamaMLP(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         bias = getattr(config, "mlp_bias", False)
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=bias)
         self.activation = None if config.hidden_act == "silu" else ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ class LlamaForCausalLM(nn.Module):
         self.config = config
         self.language_model = LlamaModel(config, backend)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def finish(self, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
         """Make what is computed rather than loaded: the rotary tables up to `max_len` positions."""
@@ -134,7 +135,7 @@ class LlamaForCausalLM(nn.Module):
         """States (rows, hidden) to logits (rows, vocabulary) in the model's dtype."""
         tied = self.config.tie_word_embeddings
         weight = self.language_model.embed_tokens.weight if tied else self.lm_head.weight
-        return nn.functional.linear(hidden, weight)
+        return linear(hidden, weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """States (rows, hidden) to float32 logits (rows, vocabulary)."""

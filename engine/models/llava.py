@@ -7,6 +7,7 @@ from transformers.activations import ACT2FN
 
 from engine.attention import AttentionBackend
 from engine.models.clip import ClipVisionModel
+from engine.models.linear import Linear
 from engine.models.llama import LlamaForCausalLM
 
 
@@ -17,8 +18,8 @@ class LlavaProjector(nn.Module):
         super().__init__()
         bias = getattr(config, "multimodal_projector_bias", True)
         size = config.text_config.hidden_size
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size * num_feature_layers, size, bias=bias)
-        self.linear_2 = nn.Linear(size, size, bias=bias)
+        self.linear_1 = Linear(config.vision_config.hidden_size * num_feature_layers, size, bias=bias)
+        self.linear_2 = Linear(size, size, bias=bias)
         self.activation = ACT2FN[config.projector_hidden_act]
 
     def forward(self, features: Tensor) -> Tensor:

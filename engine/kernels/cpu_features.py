@@ -1,0 +1,28 @@
+"""What this processor can do."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+
+@lru_cache(maxsize=8)
+def multiplies_in(dtype: torch.dtype) -> bool:
+    """Whether the processor has instructions that multiply numbers of this type; else torch converts each number."""
+    if dtype.itemsize > 2:
+        return True
+    names = ("amx_bf16", "avx512_bf16") if dtype == torch.bfloat16 else ("amx_fp16", "avx512_fp16")
+    capabilities = _capabilities()
+    return any(capabilities.get(name) for name in names)
+
+
+def _capabilities() -> dict[str, Any]:
+    """Newer versions of torch tell everything; older ones only this much, and only by private functions."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return dict(torch.cpu.get_capabilities())
+    asked = {
+        "amx_bf16": "_is_amx_tile_supported",
+        "avx512_bf16": "_is_avx512_bf16_supported",
+        "amx_fp16": "_is_amx_fp16_supported",
+    }
+    return {name: bool(getattr(torch.cpu, function, bool)()) for name, function in asked.items()}
