@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import multiprocessing
 import shutil
 import tempfile
 import time
@@ -23,8 +22,9 @@ from engine.input_processor import InputProcessor, ProcessedPrompt
 from engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineRequest, SchedulerStats
 from engine.output_processor import OutputProcessor
 from engine.outputs import Delta
-from engine.process import ABORT, ADD, FAILED, OUTPUTS, STOP, run_engine
+from engine.process import ABORT, ADD, FAILED, OUTPUTS, STOP
 from engine.sampling_params import SamplingParams
+from engine.spawn import Assignment, EngineProcess
 
 logger = logging.getLogger(__name__)
 
@@ -122,22 +122,24 @@ class AsyncEngine:
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
-    async def start(cls, config: EngineConfig, *, log_level: str = "info") -> Self:
-        """Start the engine process and wait until it serves.
+    async def start(cls, config: EngineConfig, process: EngineProcess | None = None) -> Self:
+        """Let the engine process, one begun earlier or a new one, load the model, and wait until it serves.
 
         Raises:
             ModelLoadError: it could not.
         """
         engine = cls(config)
         engine._open_sockets()
-        context = multiprocessing.get_context("spawn")
-        args = (config, engine._address("in"), engine._address("out"), log_level)
-        engine._process = context.Process(target=run_engine, args=args, name="engine")
-        engine._process.start()
+        begun = process or EngineProcess("info")
+        engine._process = begun.process
+        begun.assign(Assignment(config, engine._address("in"), engine._address("out")))
+        inputs = asyncio.create_task(asyncio.to_thread(InputProcessor, config, config.max_model_len))
         try:
             ready = await engine._wait_until_ready()
-            engine.inputs = await asyncio.to_thread(InputProcessor, config, ready.max_model_len)
+            engine.inputs = await inputs
+            engine.inputs.max_model_len = ready.max_model_len
         except BaseException:
+            inputs.cancel()
             await engine.stop()
             raise
         engine._outputs = OutputProcessor(engine.inputs.tokenizer)

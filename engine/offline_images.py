@@ -1,7 +1,6 @@
 """Images of offline conversations. The user of `LLM` is trusted: files and addresses are taken as they are given."""
 
 import base64
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import httpx
 from PIL import Image
 
 from engine.chat_template import IMAGE_TYPES, image_parts
+from engine.environment import fetch_timeout
 from engine.image_decode import decode_image
 
 _MAX_PIXELS = 178_956_970
@@ -50,22 +50,6 @@ def images_of_messages(messages: Sequence[dict[str, Any]]) -> list[Image.Image]:
         ValueError: an image cannot be found, fetched or decoded.
     """
     return [_load(_source(part)) for message in messages for part in image_parts(message)]
-
-
-def fetch_timeout() -> float:
-    """Seconds that fetching one image may take: `VLLM_IMAGE_FETCH_TIMEOUT`, default 5.
-
-    Raises:
-        ValueError: the variable does not hold a positive number.
-    """
-    text = os.environ.get("VLLM_IMAGE_FETCH_TIMEOUT", "5")
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"VLLM_IMAGE_FETCH_TIMEOUT is {text!r}: it must be a number of seconds above 0")
-    return seconds
 
 
 def _source(part: dict[str, Any]) -> Any:

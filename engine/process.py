@@ -4,7 +4,6 @@ import logging
 import multiprocessing
 import os
 import queue
-import signal
 import threading
 from typing import Any
 
@@ -31,10 +30,7 @@ _Inbox = queue.SimpleQueue[tuple[bytes, Any]]
 
 
 def run_engine(config: EngineConfig, inbox_address: str, outbox_address: str, log_level: str) -> None:
-    """The process's entry point: serve until told to stop, or until the parent is gone."""
-    # A terminal sends Ctrl-C to both processes; the parent drains first and then says stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Serve until told to stop, or until the parent is gone."""
     configure_logging(log_level)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     context = zmq.Context()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engine.args import EngineArgs
-from engine.offline_images import fetch_timeout
+from engine.environment import fetch_timeout
 
 
 def _flag(default: Any, group: str, text: str, *, choices: tuple[str, ...] = (), kind: Any = None) -> Any:

@@ -1,0 +1,200 @@
+"""Starts the engine, listens, and drains at the end."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from engine.args import EngineArgs
+from engine.chat_template import ChatTemplate, find_template, read_template
+from engine.client import AsyncEngine
+from engine.config import EngineConfig, create_config
+from engine.environment import fetch_timeout
+from engine.errors import ModelLoadError, one_line
+from engine.log import configure_logging
+from engine.spawn import EngineProcess
+from server.app import create_app
+from server.args import ServerArgs, fail
+from server.media import MediaFetcher, MediaLimits
+from server.metrics import Metrics
+from server.state import ServerState
+
+logger = logging.getLogger("server")
+
+_FAREWELL_SECONDS = 2
+"""That responses get to be written once nothing is generated any more."""
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us, since requests drain before the listener closes."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Install nothing."""
+        yield
+
+
+def run(engine_args: EngineArgs, args: ServerArgs, process: EngineProcess) -> None:
+    """Serve until told to stop; does not return: the exit status is 0 unless the engine died."""
+    configure_logging(args.log_level)
+    try:
+        if args.chat_template is not None:
+            args.chat_template = read_template(args.chat_template)
+        config = create_config(engine_args)
+        status = uvloop.run(_serve(config, args, process))
+    except ModelLoadError as error:
+        fail(str(error), 1)
+    except ValueError as error:
+        fail(str(error), 2)
+    except KeyboardInterrupt:
+        status = 0
+    process.kill_if_idle()
+    # Not SystemExit: it would wait for worker threads, which an image may keep busy for long.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+async def _serve(config: EngineConfig, args: ServerArgs, process: EngineProcess) -> int:
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
+    listener = _listen(args)
+    try:
+        starting = asyncio.create_task(AsyncEngine.start(config, process))
+        await asyncio.wait((starting, asyncio.create_task(stop.wait())), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return 0
+        engine = starting.result()
+        try:
+            return await _listen_and_drain(_state(engine, args), listener, stop, hurry)
+        finally:
+            await engine.stop()
+    finally:
+        listener.close()
+        if args.uds is not None:
+            Path(args.uds).unlink(missing_ok=True)
+
+
+def _state(engine: AsyncEngine, args: ServerArgs) -> ServerState:
+    tokenizer = engine.inputs.tokenizer
+    source = find_template(engine.config, args.chat_template, tokenizer)
+    if source is None:
+        logger.warning("the model has no chat template: chat requests will be refused (see --chat-template)")
+    metrics = Metrics(engine.config.served_names[0], lambda: engine.stats)
+    image_pool = ThreadPoolExecutor(os.cpu_count() or 4, thread_name_prefix="image")
+    limits = MediaLimits(
+        timeout_s=fetch_timeout(),
+        max_image_bytes=args.max_image_bytes,
+        max_image_pixels=args.max_image_pixels,
+        max_redirects=args.max_redirects,
+        allowed_local_path=None if args.allowed_local_media_path is None else Path(args.allowed_local_media_path),
+        allowed_domains=tuple(args.allowed_media_domains),
+        allow_private_hosts=args.allow_private_media_hosts,
+    )
+    return ServerState(
+        engine=engine,
+        args=args,
+        template=ChatTemplate(tokenizer, source, engine.inputs.image_token),
+        media=MediaFetcher(limits, image_pool, on_fetch=metrics.image_fetched, on_decode=metrics.image_decoded),
+        metrics=metrics,
+        text_pool=ThreadPoolExecutor(2, thread_name_prefix="text"),
+        image_pool=image_pool,
+    )
+
+
+def _listen(args: ServerArgs) -> socket.socket:
+    """Claim the address before the model is loaded, so that a port which is taken is told at once."""
+    try:
+        if args.uds is not None:
+            listener = socket.socket(socket.AF_UNIX)
+            if Path(args.uds).is_socket():
+                Path(args.uds).unlink()
+            listener.bind(args.uds)
+        else:
+            family, *_, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+            listener = socket.socket(family)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        place = args.uds or f"{args.host}:{args.port}"
+        raise ModelLoadError(f"cannot listen on {place}: {error.strerror or error}") from error
+    return listener
+
+
+async def _listen_and_drain(
+    state: ServerState, listener: socket.socket, stop: asyncio.Event, hurry: asyncio.Event
+) -> int:
+    args = state.args
+    server = _Server(
+        uvicorn.Config(
+            create_app(state),
+            log_config=None,
+            log_level=args.log_level,
+            access_log=not args.disable_log_requests,
+            ssl_keyfile=args.ssl_keyfile,
+            ssl_certfile=args.ssl_certfile,
+            timeout_graceful_shutdown=_FAREWELL_SECONDS,
+            server_header=False,
+            lifespan="off",
+        )
+    )
+    serving = asyncio.create_task(server.serve([listener]))
+    while not server.started:
+        if serving.done():
+            raise ModelLoadError(f"cannot listen on {_url(args, listener)}: {one_line(_failure(serving))}")
+        await asyncio.sleep(0.01)
+    print(f"Serving {', '.join(state.config.served_names)} at {_url(args, listener)}", flush=True)
+    stopping, dying = asyncio.create_task(stop.wait()), asyncio.create_task(state.engine.dead.wait())
+    await asyncio.wait((stopping, dying, serving), return_when=asyncio.FIRST_COMPLETED)
+    died = state.engine.dead.is_set()
+    if died:
+        await asyncio.sleep(_FAREWELL_SECONDS)  # a moment in which /health tells why
+    else:
+        await _drain(state, hurry)
+    server.should_exit = True
+    await serving
+    for task in (stopping, dying):
+        task.cancel()
+    await state.media.aclose()
+    state.text_pool.shutdown(wait=False, cancel_futures=True)
+    state.image_pool.shutdown(wait=False, cancel_futures=True)
+    return int(died)
+
+
+async def _drain(state: ServerState, hurry: asyncio.Event) -> None:
+    """Let running requests finish, for a while or until a second signal comes; abort those that do not."""
+    state.draining = True
+    state.idle.clear()
+    if state.num_open:
+        seconds = state.args.shutdown_timeout
+        logger.info("shutting down: %d running, %g s to finish; once more to stop at once", state.num_open, seconds)
+        waits = [asyncio.create_task(event.wait()) for event in (state.idle, hurry)]
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+    state.engine.fail_all("the server is shutting down")
+
+
+def _failure(task: "asyncio.Task[None]") -> BaseException:
+    return task.exception() or RuntimeError("the listener ended")
+
+
+def _url(args: ServerArgs, listener: socket.socket) -> str:
+    if args.uds is not None:
+        return f"unix:{args.uds}"
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'https' if args.ssl_certfile else 'http'}://{shown}:{port}"
