@@ -30,6 +30,7 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
 
 COPY server/ server/
 COPY engine/ engine/
+COPY bench/ bench/
 COPY demo/ demo/
 COPY templates/ templates/
 RUN pip install --no-deps .

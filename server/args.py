@@ -77,8 +77,8 @@ def parse_args(argv: list[str]) -> tuple[EngineArgs, ServerArgs]:
     order = ("model", "vision", "media", "scheduler and cache", "parallel", "server")
     groups = {name: parser.add_argument_group(name) for name in order}
     for flag in (*EngineArgs.flags(), *fields(ServerArgs)):
-        _add(groups[flag.metadata["group"]], flag)
-    values = vars(parser.parse_args([_with_dashes(word) for word in argv]))
+        add_flag(groups[flag.metadata["group"]], flag)
+    values = vars(parser.parse_args([with_dashes(word) for word in argv]))
     engine_names = {flag.name for flag in EngineArgs.flags()}
     engine = EngineArgs(**{name: value for name, value in values.items() if name in engine_names})
     server = ServerArgs(**{name: value for name, value in values.items() if name not in engine_names})
@@ -93,7 +93,8 @@ def parse_args(argv: list[str]) -> tuple[EngineArgs, ServerArgs]:
     return engine, server
 
 
-def _add(group: Any, flag: "Field[Any]") -> None:
+def add_flag(group: Any, flag: "Field[Any]") -> None:
+    """Let a parser, or a group of one, take a flag that a dataclass's field describes."""
     name, meta = "--" + flag.name.replace("_", "-"), flag.metadata
     default = flag.default_factory() if callable(flag.default_factory) else flag.default
     common = {"dest": flag.name, "default": default, "help": _help(meta["help"], default)}
@@ -124,7 +125,7 @@ def _metavar(meta: Any) -> str | None:
     return {int: "N", float: "X"}.get(meta["kind"], "TEXT")
 
 
-def _with_dashes(word: str) -> str:
+def with_dashes(word: str) -> str:
     """Flags may be written with underscores."""
     return re.sub(r"^--[^=]+", lambda match: match[0].replace("_", "-"), word)
 

@@ -1,0 +1,58 @@
+"""The three benchmarks, end to end, on the demo model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.args import DEMO_MODEL
+from tests.server.launch import Launch
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def result(file: Path) -> Any:
+    return json.loads(file.read_text())["result"]
+
+
+@pytest.mark.parametrize("arrival", [("--concurrency", "3"), ("--rate", "20")])
+def test_serve(launch: Launch, tmp_path: Path, arrival: tuple[str, str]) -> None:
+    server = launch(DEMO_MODEL)
+    file = tmp_path / "figures.json"
+    load = ("--requests", "6", "--warmup", "1", "--image", "64x48", "--max-tokens", "7", "--ignore-eos")
+    done = run("serve", "--base-url", server.url, *load, *arrival, "--json", file)
+    assert done.returncode == 0, done.stderr
+    assert "6 of 6 completed, 0 errors, 0 of wrong length" in done.stdout
+    found = result(file)
+    assert (found["completed"], found["errors"], found["wrong_length"]) == (6, {}, 0)
+    assert found["output_tokens_per_s"] == pytest.approx(42 / found["duration_s"])
+    assert 0 < found["ttft_ms"]["p50"] < found["e2e_ms"]["p50"] <= 1000 * found["duration_s"]
+
+
+def test_latency_and_throughput(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    common = ("--image", "64x48", "--max-tokens", "5", "--device", "cpu", "--json", file)
+    done = run("latency", "--batch-size", "2", "--iterations", "2", "--warmup", "1", *common)
+    assert done.returncode == 0, done.stderr
+    found = result(file)
+    assert found["batch_size"] == 2 and found["ms_per_token"] == pytest.approx(found["batch_ms"]["mean"] / 5)
+    done = run("throughput", "--requests", "3", *common)
+    assert done.returncode == 0, done.stderr
+    found = result(file)
+    assert found["requests"] == 3 and found["output_tokens_per_s"] == pytest.approx(15 / found["duration_s"])
+    assert found["total_tokens_per_s"] > found["output_tokens_per_s"]
+
+
+def test_mistakes_are_explained() -> None:
+    done = run("serve", "--base-url", "http://127.0.0.1:9", "--requests", "1")
+    assert done.returncode == 1 and "does not name a model" in done.stderr and "Traceback" not in done.stderr
+    done = run("throughput", "--requests", "0")
+    assert done.returncode == 2 and "'0' is no whole number of at least 1" in done.stderr
