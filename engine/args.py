@@ -94,6 +94,11 @@ class EngineArgs:
         1024, "scheduler and cache", "requests that may wait; more are answered 503", kind=int
     )
 
+    profile_dir: str | None = _flag(
+        None, "scheduler and cache", "folder for a trace of some steps (torch profiler); default: none is made"
+    )
+    profile_steps: int = _flag(50, "scheduler and cache", "steps of that trace", kind=int)
+
     tensor_parallel_size: int = _flag(1, "parallel", "GPUs that share the model; only 1 is available yet", kind=int)
     distributed_executor_backend: str | None = _flag(
         None, "parallel", "how several GPUs are driven; only mp is available", choices=("mp", "ray")

@@ -82,6 +82,9 @@ class EngineConfig:
     """From the checkpoint's generation_config.json."""
     enforce_eager: bool = False
     """Never capture CUDA graphs."""
+    profile_dir: Path | None = None
+    """Where to write a trace of `profile_steps` steps; None: nowhere."""
+    profile_steps: int = 50
     pipeline_depth: int = 1
     """Steps that may be launched before the oldest one's tokens are read."""
 
@@ -145,6 +148,8 @@ def create_config(args: EngineArgs) -> EngineConfig:
         eos_token_ids=eos_token_ids(generation, hf_config, text),
         sampling_defaults=sampling_defaults(generation),
         enforce_eager=args.enforce_eager,
+        profile_dir=None if args.profile_dir is None else Path(args.profile_dir),
+        profile_steps=args.profile_steps,
         pipeline_depth=2 if on_gpu else 1,
     )
 
@@ -155,8 +160,9 @@ def _check(args: EngineArgs) -> None:
         value, choices = getattr(args, flag.name), flag.metadata["choices"]
         if choices and value is not None and value not in choices:
             raise ValueError(f"{_name(flag.name)} is {value!r}: it must be one of {', '.join(choices)}")
-    positive = ("max_model_len", "image_feature_size", "max_num_seqs", "max_num_batched_tokens", "block_size",
-                "num_gpu_blocks_override", "kv_cache_memory_bytes", "tensor_parallel_size")  # fmt: skip
+    positive = ("max_model_len", "image_feature_size", "max_num_seqs", "max_num_batched_tokens",
+                "block_size", "num_gpu_blocks_override", "kv_cache_memory_bytes", "profile_steps",
+                "tensor_parallel_size")  # fmt: skip
     for name in positive:
         value = getattr(args, name)
         if value is not None and value < 1:

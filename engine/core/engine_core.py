@@ -6,6 +6,7 @@ from collections import deque
 from engine.config import EngineConfig
 from engine.core.encoder_cache import EncoderCache
 from engine.core.kv_cache import KVCache
+from engine.core.profiler import StepProfiler
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
 from engine.messages import EngineOutput, EngineOutputs, EngineRequest, SchedulerStats
@@ -36,6 +37,9 @@ class EngineCore:
         self._long_rope_start = long_context_start(config.text_config)
         self._depth = config.pipeline_depth
         self._encoder_seconds, self._encoder_images = 0.0, 0
+        self._profiler: StepProfiler | None = None
+        if config.profile_dir is not None:
+            self._profiler = StepProfiler(config.profile_dir, config.profile_steps, config.device)
         self._launched: deque[tuple[SchedulerOutput, PendingStep]] = deque()
 
     @property
@@ -69,6 +73,8 @@ class EngineCore:
         try:
             if scheduled.requests:
                 self._launched.append((scheduled, self.runner.execute(scheduled)))
+                if self._profiler is not None:
+                    self._profiler.step()
             outputs = self._take_in(force=not scheduled.requests)
         except Exception as error:
             outputs = self._recover(scheduled, error)

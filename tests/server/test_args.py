@@ -22,7 +22,7 @@ _FLAGS = """
 --max-redirects
 --max-num-seqs --max-num-batched-tokens --block-size --gpu-memory-utilization --num-gpu-blocks-override
 --kv-cache-memory-bytes --kv-cache-dtype --enable-prefix-caching --no-enable-prefix-caching --enforce-eager
---max-num-queued-reqs
+--max-num-queued-reqs --profile-dir --profile-steps
 --tensor-parallel-size --distributed-executor-backend
 --host --port --uds --api-key --allowed-origins --ssl-keyfile --ssl-certfile --root-path --chat-template
 --trust-request-chat-template --response-role --max-request-bytes --shutdown-timeout --disable-log-requests --log-level

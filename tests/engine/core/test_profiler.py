@@ -1,0 +1,30 @@
+"""The trace of some steps."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from engine import LLM, SamplingParams
+from tests.conftest import MakeCheckpoint
+from tests.random_checkpoint import CheckpointSpec
+
+
+def test_a_trace_holds_the_steps_that_were_asked_for(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = tmp_path / "traces"
+    llm = LLM(str(checkpoint(CheckpointSpec(kind="llama"))), device="cpu", profile_dir=str(folder), profile_steps=5)
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    llm.generate("Hello", params, use_tqdm=False)
+    assert not folder.exists()
+    llm.generate("Hello", params, use_tqdm=False)
+    (file,) = folder.iterdir()
+    with gzip.open(file, "rt") as opened:
+        events = json.load(opened)["traceEvents"]
+    embeddings = [event for event in events if event.get("name") == "aten::embedding"]
+    assert len(embeddings) == 5
+
+
+def test_number_of_steps_is_checked(checkpoint: MakeCheckpoint) -> None:
+    with pytest.raises(ValueError, match="--profile-steps is 0"):
+        LLM(str(checkpoint(CheckpointSpec(kind="llama"))), device="cpu", profile_steps=0)
