@@ -132,17 +132,17 @@ class AsyncEngine:
         engine._open_sockets()
         begun = process or EngineProcess("info")
         engine._process = begun.process
-        begun.assign(Assignment(config, engine._address("in"), engine._address("out")))
         inputs = asyncio.create_task(asyncio.to_thread(InputProcessor, config, config.max_model_len))
         try:
+            engine._assign(begun, config)
             ready = await engine._wait_until_ready()
             engine.inputs = await inputs
             engine.inputs.max_model_len = ready.max_model_len
+            engine._outputs = OutputProcessor(engine.inputs.tokenizer)
         except BaseException:
             inputs.cancel()
             await engine.stop()
             raise
-        engine._outputs = OutputProcessor(engine.inputs.tokenizer)
         receiving = asyncio.create_task(engine._receive())
         receiving.add_done_callback(engine._stopped_receiving)
         engine._tasks.append(receiving)
@@ -275,6 +275,14 @@ class AsyncEngine:
 
     def _address(self, name: str) -> str:
         return f"ipc://{self._folder / name}"
+
+    def _assign(self, begun: EngineProcess, config: EngineConfig) -> None:
+        try:
+            begun.assign(Assignment(config, self._address("in"), self._address("out")))
+        except OSError as error:
+            begun.process.join(_STOP_SECONDS)
+            status = begun.process.exitcode
+            raise ModelLoadError(f"the engine process ended at its start (exit status {status})") from error
 
     async def _wait_until_ready(self) -> EngineReady:
         while not await self._outbox.poll(100):

@@ -1,5 +1,6 @@
 """Offline batches: the engine in this process."""
 
+import gc
 import os
 import time
 from collections.abc import Sequence
@@ -113,6 +114,9 @@ class LLM:
         """Free the model's memory; the object cannot be used any more."""
         self._closed = True
         self.__dict__.pop("_core", None)
+        gc.collect()  # captured functions and their owner hold each other
+        if self.config.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def __enter__(self) -> Self:
         return self

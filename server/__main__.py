@@ -4,6 +4,7 @@ What takes seconds to import comes after that, so that `--help` and mistakes in 
 engine process imports its libraries while this one imports its own.
 """
 
+import os
 import signal
 import sys
 
@@ -14,15 +15,23 @@ from server.args import parse_args
 def main() -> None:
     """Serve until told to stop; the exit status is 0 unless the engine died."""
     engine_args, args = parse_args(sys.argv[1:])
+    begun: list[EngineProcess] = []
+
+    def leave(*_: object) -> None:
+        # An exception could be lost in whatever runs at this moment: an import, a download's threads.
+        for process in begun:
+            process.kill_if_idle()
+        os._exit(0)
+
     for number in (signal.SIGINT, signal.SIGTERM):  # until the event loop takes care of them
-        signal.signal(number, lambda *_: sys.exit(0))
-    process = EngineProcess(args.log_level)
+        signal.signal(number, leave)
+    begun.append(EngineProcess(args.log_level))
     try:
         from server.run import run
 
-        run(engine_args, args, process)
+        run(engine_args, args, begun[0])
     finally:
-        process.kill_if_idle()
+        begun[0].kill_if_idle()
 
 
 if __name__ == "__main__":

@@ -73,11 +73,11 @@ class EngineCore:
         try:
             if scheduled.requests:
                 self._launched.append((scheduled, self.runner.execute(scheduled)))
-                if self._profiler is not None:
-                    self._profiler.step()
             outputs = self._take_in(force=not scheduled.requests)
         except Exception as error:
             outputs = self._recover(scheduled, error)
+        if self._profiler is not None and scheduled.requests:
+            self._profiler.step()
         return EngineOutputs(outputs, self.stats())
 
     def stats(self) -> SchedulerStats:

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
+from engine.errors import ModelLoadError
+
 logger = logging.getLogger(__name__)
 
 _LEFT_OUT = 20
@@ -24,6 +26,10 @@ class StepProfiler:
 
     def __init__(self, folder: Path, num_steps: int, device: torch.device) -> None:
         self._folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ModelLoadError(f"--profile-dir {folder} cannot be made: {error.strerror or error}") from error
         self._first, self._last = _LEFT_OUT, _LEFT_OUT + num_steps
         self._done = 0
         activities = [ProfilerActivity.CPU]
@@ -34,11 +40,16 @@ class StepProfiler:
     def step(self) -> None:
         """Tell that a step was launched."""
         self._done += 1
-        if self._done == self._first:
-            self._profiler.start()
-        if self._done == self._last:
-            self._profiler.stop()
-            self._folder.mkdir(parents=True, exist_ok=True)
-            file = self._folder / f"steps-{time.strftime('%Y%m%d-%H%M%S')}.json.gz"
-            self._profiler.export_chrome_trace(str(file))
-            logger.info("wrote a trace of %d steps to %s", self._last - self._first, file)
+        try:
+            if self._done == self._first:
+                self._profiler.start()
+            if self._done == self._last:
+                self._profiler.stop()
+                self._write()
+        except (OSError, RuntimeError):  # no reason to fail a request
+            logger.exception("no trace could be made")
+
+    def _write(self) -> None:
+        file = self._folder / f"steps-{time.strftime('%Y%m%d-%H%M%S')}.json.gz"
+        self._profiler.export_chrome_trace(str(file))
+        logger.info("wrote a trace of %d steps to %s", self._last - self._first, file)

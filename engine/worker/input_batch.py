@@ -133,7 +133,11 @@ class InputBatch:
         prefills = np.stack(
             (layout.query_start[first:-1], np.diff(layout.query_start)[first:], layout.ends[first:], rows[first:])
         )
-        tokens = self.upload(layout.tokens)
+        # Rows that begin at multiples of 16 bytes: kernels are compiled anew for others.
+        count = layout.tokens.shape[1]
+        aligned = np.zeros((3, -(-count // 4) * 4), np.int32)
+        aligned[:, :count] = layout.tokens
+        tokens = self.upload(aligned)[:, :count]
         return AttentionMetadata(
             num_decodes=first,
             query_start=layout.query_start.tolist(),

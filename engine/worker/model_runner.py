@@ -31,6 +31,8 @@ _CPU_CACHE_BYTES = 4 << 30
 _CPU_CACHE_SHARE = 0.25
 _GRAPH_BYTES = 512 << 20
 """What the CUDA graphs of a 7B model take, generously."""
+_MOST_IN_GRAPH = 512
+"""Requests; larger steps keep the GPU busy while their kernels are launched one by one."""
 _LOGPROB_ROWS = 256
 """Prompt positions whose log probabilities are computed at once."""
 
@@ -75,8 +77,9 @@ class ModelRunner:
             self._change_requests(step)
             encoding = self._encode_images(step)
             layout = self._batch.lay_out(step)
-            if self._decodes is not None and layout.only_decodes:
-                return self._replay(self._decodes, layout, encoding)
+            size = None if self._decodes is None else self._decodes.padded_size(len(layout.parts))
+            if self._decodes is not None and size is not None and layout.only_decodes:
+                return self._replay(self._decodes, layout, size, encoding)
             metadata = self._batch.metadata(layout)
             hidden = self.model.language_model(self._embed(layout, metadata), self._caches, metadata)
             prompt_logprobs = self._prompt_logprobs(layout, hidden)
@@ -152,10 +155,10 @@ class ModelRunner:
         self._batch.write_sampled(token_rows, positions + 1, tokens)
         return logits, tokens
 
-    def _replay(self, decodes: GraphedFunction, layout: StepLayout, encoding: DeviceTimer | None) -> PendingStep:
+    def _replay(
+        self, decodes: GraphedFunction, layout: StepLayout, size: int, encoding: DeviceTimer | None
+    ) -> PendingStep:
         count = len(layout.parts)
-        size = decodes.padded_size(count)
-        assert size is not None
         padded = np.zeros((size, 3), np.int32)
         padded[:, 0] = self._batch.padding_slot
         padded[:count] = layout.tokens.T
@@ -286,9 +289,10 @@ class ModelRunner:
         with torch.inference_mode():
             if self._vision is not None:
                 self._vision.profile()
-            for tokens in (1, self._config.max_num_batched_tokens):
+            # Small steps take kernels of their own, which no request should wait for to be compiled.
+            for tokens in (1, 2, 16, self._config.max_num_batched_tokens):
                 hidden = self._profile_step(tokens)
-            rows = self._config.max_num_seqs
+            rows = max(self._config.max_num_seqs, _LOGPROB_ROWS)
             logits = self.model.logits(hidden[:1].expand(rows, -1))
             gather_logprobs(logits, torch.zeros(rows, dtype=torch.int64, device=self.device), 1)
             limits = torch.ones(rows, 1, dtype=torch.int64, device=self.device)
@@ -296,19 +300,23 @@ class ModelRunner:
             gumbel_noise(limits.squeeze(1), logits.shape[1])
 
     def _profile_step(self, tokens: int) -> Tensor:
-        """One sequence of this many tokens, all in one block, which changes nothing about the memory it takes."""
+        """So many tokens in sequences as long as they may be, all in one block, which changes nothing about memory."""
+        longest = min(tokens, self.max_model_len)
+        lengths = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
+        lengths.sort(key=lambda length: length > 1)  # as `InputBatch` puts them
+        starts, decodes, slot = np.cumsum([0, *lengths]), lengths.count(1), self._batch.padding_slot
+        prefills = np.array([starts[:-1], lengths, lengths, [slot] * len(lengths)], np.int32)[:, decodes:]
         zeros = torch.zeros(tokens, dtype=torch.int32, device=self.device)
-        prefills = torch.tensor([[0], [tokens], [tokens], [self._batch.padding_slot]], dtype=torch.int32)
         metadata = AttentionMetadata(
-            num_decodes=int(tokens == 1),
-            query_start=[0, tokens],
-            seq_lens=[tokens],
-            rows=[self._batch.padding_slot],
-            token_rows=zeros + self._batch.padding_slot,
+            num_decodes=decodes,
+            query_start=starts.tolist(),
+            seq_lens=lengths,
+            rows=[slot] * len(lengths),
+            token_rows=zeros + slot,
             positions=zeros,
             rotary_rows=zeros,
             block_table=self._batch.block_table,
-            prefills=prefills.to(self.device),
+            prefills=self._batch.upload(prefills),
         )
         hidden = self._look_up(metadata.token_rows, metadata.positions)
         return self.model.language_model(hidden, self._make_caches(1), metadata)  # type: ignore[no-any-return]
@@ -316,9 +324,10 @@ class ModelRunner:
     def _capture(self) -> None:
         """Capture the steps in which every request has one token, and the vision tower."""
         started = time.monotonic()
-        most, padding = self._config.max_num_seqs, torch.zeros(3, dtype=torch.int32)
+        config, padding = self._config, torch.zeros(3, dtype=torch.int32)
+        most = min(config.max_num_seqs, config.max_num_batched_tokens, _MOST_IN_GRAPH)
         padding[0] = self._batch.padding_slot
-        self._logits = torch.empty(most, self._config.vocab_size, dtype=torch.float32, device=self.device)
+        self._logits = torch.empty(most, config.vocab_size, dtype=torch.float32, device=self.device)
         rows = padding.to(self.device).repeat(most, 1)
         decodes = GraphedFunction(self._decode, rows, _graph_sizes(most))
         pool = torch.cuda.graph_pool_handle()

@@ -24,6 +24,7 @@ class VisionEncoder:
     def __init__(self, model: LlavaForConditionalGeneration, config: VisionConfig, batch: InputBatch) -> None:
         self._model = model
         self._batch = batch
+        self._input_shape = config.input_shape
         self._dtype = model.multi_modal_projector.linear_1.weight.dtype
         self._embeddings: dict[bytes, Tensor] = {}
         self._grey_levels = None if config.processor is None else _grey_levels(config).to(batch.device)
@@ -32,8 +33,8 @@ class VisionEncoder:
     def capture(self, pool: Any) -> None:
         """Capture the encoding of uint8 pixels as CUDA graphs, if that is what comes."""
         if self._grey_levels is not None and hasattr(self._model, "vision_tower"):
-            side = self._side
-            pixels = torch.zeros(MAX_BATCH, side, side, 3, dtype=torch.uint8, device=self._batch.device)
+            _, _, height, width = self._input_shape
+            pixels = torch.zeros(MAX_BATCH, height, width, 3, dtype=torch.uint8, device=self._batch.device)
             graphed = GraphedFunction(self._encode_pixels, pixels, _GRAPH_SIZES)
             graphed.capture(pool, "the vision tower")
             self._graphed = graphed
@@ -73,14 +74,8 @@ class VisionEncoder:
     def profile(self) -> None:
         """Run the largest batch once, so that its memory is accounted for."""
         if hasattr(self._model, "vision_tower"):
-            shape = (MAX_BATCH, 3, self._side, self._side)
+            shape = (MAX_BATCH, *self._input_shape[1:])
             self._model.encode(torch.zeros(shape, dtype=self._dtype, device=self._batch.device))
-
-    @property
-    def _side(self) -> int:
-        """Pixels of a picture's side, as the tower takes it."""
-        embeddings = self._model.vision_tower.embeddings
-        return int((embeddings.position_embedding.weight.shape[0] - 1) ** 0.5) * int(embeddings.patch_size)
 
     def _encode(self, kind: str, images: list[ImageInput]) -> Tensor:
         """Embeddings (B, tokens, hidden), of more images than these where a graph wants so."""

@@ -104,3 +104,21 @@ def test_half_precision_is_close_and_repeats(dtype: str, checkpoint: MakeCheckpo
         wide, narrow = (output.outputs[0].logprobs[0] for output in (one, other))  # type: ignore[index]
         for token in wide.keys() & narrow.keys():
             assert abs(wide[token].logprob - narrow[token].logprob) < (0.4 if dtype == "bfloat16" else 0.05)
+
+
+@pytest.mark.parametrize("limits", [{"max_model_len": 100}, {"max_model_len": 65, "max_num_batched_tokens": 131}])
+def test_contexts_shorter_than_a_step(limits: dict[str, int], checkpoint: MakeCheckpoint) -> None:
+    llm = LLM(str(checkpoint(SPECS["gqa"])), dtype="float32", device="cuda", **ROOMY, **limits)
+    (output,) = llm.generate("USER: Hello ASSISTANT:", SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
+    assert output.outputs[0].token_ids == hf_generate(checkpoint(SPECS["gqa"]), output.prompt_token_ids, [], 20)
+
+
+def test_a_closed_engine_gives_its_memory_back(checkpoint: MakeCheckpoint) -> None:
+    import torch
+
+    folder = str(checkpoint(SPECS["gqa"]))
+    before = torch.cuda.memory_allocated()
+    with LLM(folder, dtype="float32", device="cuda", **ROOMY) as llm:
+        llm.generate("USER: Hello ASSISTANT:", SamplingParams(max_tokens=3), use_tqdm=False)
+        assert torch.cuda.memory_allocated() > before + (200 << 20)
+    assert torch.cuda.memory_allocated() < before + (64 << 20)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine import LLM, SamplingParams
+from engine.errors import ModelLoadError
 from tests.conftest import MakeCheckpoint
 from tests.random_checkpoint import CheckpointSpec
 
@@ -16,7 +17,7 @@ def test_a_trace_holds_the_steps_that_were_asked_for(checkpoint: MakeCheckpoint,
     llm = LLM(str(checkpoint(CheckpointSpec(kind="llama"))), device="cpu", profile_dir=str(folder), profile_steps=5)
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     llm.generate("Hello", params, use_tqdm=False)
-    assert not folder.exists()
+    assert not list(folder.iterdir())
     llm.generate("Hello", params, use_tqdm=False)
     (file,) = folder.iterdir()
     with gzip.open(file, "rt") as opened:
@@ -28,3 +29,18 @@ def test_a_trace_holds_the_steps_that_were_asked_for(checkpoint: MakeCheckpoint,
 def test_number_of_steps_is_checked(checkpoint: MakeCheckpoint) -> None:
     with pytest.raises(ValueError, match="--profile-steps is 0"):
         LLM(str(checkpoint(CheckpointSpec(kind="llama"))), device="cpu", profile_steps=0)
+
+
+def test_a_folder_that_cannot_be_made_is_told_at_the_start(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelLoadError, match="--profile-dir .*file/x cannot be made"):
+        LLM(str(checkpoint(CheckpointSpec(kind="llama"))), device="cpu", profile_dir=str(tmp_path / "file" / "x"))
+
+
+def test_a_trace_that_cannot_be_written_fails_no_request(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = tmp_path / "traces"
+    llm = LLM(str(checkpoint(CheckpointSpec(kind="llama"))), device="cpu", profile_dir=str(folder), profile_steps=5)
+    folder.rmdir()
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    (output,) = llm.generate("Hello", params, use_tqdm=False)
+    assert output.outputs[0].finish_reason == "length"
