@@ -26,8 +26,10 @@ def main() -> None:
 
 
 def _serve(args: argparse.Namespace, load: Load) -> Any:
-    from bench.serve import ServeSettings, measure
-
+    try:
+        from bench.serve import ServeSettings, measure
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"`serve` takes {error.name}: python -m pip install {error.name}") from error
     settings = ServeSettings(
         base_url=args.base_url,
         model=args.served_model,

@@ -87,7 +87,7 @@ def tune_decode(speed: float, *, full: bool) -> None:
         output = torch.empty_like(query)
         attend = partial(decode_attention, query, cache, output, metadata, scale=0.1, window=0)
         floor = 2 * batch * length * HEADS * HEAD_DIM * 2 / speed * 1000
-        in_use = plan(batch, HEADS, 1, exact=False)
+        in_use = plan(batch, HEADS, exact=False)
         splits = {128: (1, 2), 32: (1, 2, 4), 8: (4, 8), 1: (16,)}[batch]
         warps = (4, 8) if batch == 128 else (4,)
         shapes = itertools.product(splits, (64, 128), warps, (2, 3), (False, True)) if full else ()

@@ -26,8 +26,8 @@ class DecodePlan:
     """Whether a single head's products are padded so that tensor cores make them."""
 
 
-def plan(num_requests: int, kv_heads: int, group: int, *, exact: bool) -> DecodePlan:
-    """What was found fastest on an H100 with `bench/kernels.py`."""
+def plan(num_requests: int, kv_heads: int, *, exact: bool) -> DecodePlan:
+    """As many parts as give an H100 about a thousand programs; `python -m bench.kernels decode` tries others."""
     programs = num_requests * kv_heads
     splits = min(16, triton.next_power_of_2(triton.cdiv(1024, programs)))
     return DecodePlan(splits, 32 if exact else 64, 4, uses_dot=not exact)
@@ -136,7 +136,7 @@ def decode_attention(
     kv_heads = cache.shape[3]
     group, head_pad = heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
     exact = query.dtype == torch.float32
-    cut = chosen or plan(requests, kv_heads, group, exact=exact)
+    cut = chosen or plan(requests, kv_heads, exact=exact)
     group_pad = 1 if group == 1 and not cut.uses_dot else max(16, triton.next_power_of_2(group))
     if cut.splits == 1:
         partial = partial_lse = output

@@ -56,3 +56,12 @@ def test_mistakes_are_explained() -> None:
     assert done.returncode == 1 and "does not name a model" in done.stderr and "Traceback" not in done.stderr
     done = run("throughput", "--requests", "0")
     assert done.returncode == 2 and "'0' is no whole number of at least 1" in done.stderr
+
+
+def test_a_missing_library_is_named() -> None:
+    hidden = (
+        "import sys; sys.modules['aiohttp'] = None; sys.argv = ['bench', 'serve']; import bench.__main__ as b; b.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", hidden], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "`serve` takes aiohttp: python -m pip install aiohttp" in done.stderr
+    assert "Traceback" not in done.stderr
