@@ -232,7 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.train", description="Train the demo model.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and pictures (default: 0)")
-    parser.add_argument("--steps", type=int, default=8600, help="steps (default: 8600)")
+    parser.add_argument("--steps", type=int, default=10500, help="steps (default: 10500)")
     parser.add_argument("--pictures", type=int, default=60, help="new pictures in a step (default: 60)")
     parser.add_argument("--rate", type=float, default=1.2e-3, help="highest learning rate (default: 0.0012)")
     parser.add_argument("--workers", type=int, default=15, help="processes that make pictures (default: 15)")
