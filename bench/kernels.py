@@ -66,16 +66,9 @@ def decode_case(batch: int, length: int) -> tuple[Tensor, Tensor, AttentionMetad
     table = torch.randperm(batch * blocks, device="cuda").int().view(batch, blocks)
     rows = torch.arange(batch, device="cuda").int()
     positions = torch.full((batch,), length - 1, device="cuda").int()
+    starts, slots, none = list(range(batch + 1)), list(range(batch)), table[:0]
     metadata = AttentionMetadata(
-        batch,
-        list(range(batch + 1)),
-        [length] * batch,
-        list(range(batch)),
-        rows,
-        positions,
-        positions,
-        table,
-        table[:0],
+        batch, starts, [length] * batch, slots, rows, positions, positions, table, prefills=none, tiles=none
     )
     return torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda"), cache, metadata
 

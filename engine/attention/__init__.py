@@ -11,10 +11,12 @@ from torch import Tensor
 class AttentionMetadata:
     """Where this step's tokens stand in their sequences and in the cache.
 
-    `T` tokens of `R` requests, back to back. Requests with one token come first; there are `num_decodes` of them.
+    `T` tokens of `R` requests, back to back. Requests with one token come first; there are `num_decodes` of them. The
+    others, `P` in number, are cut into tiles of tokens.
     """
 
     num_decodes: int
+    """With `counts`: at most."""
     query_start: list[int]
     """(R + 1) Index of each request's first token in the batch; the last entry is T."""
     seq_lens: list[int]
@@ -30,8 +32,15 @@ class AttentionMetadata:
     block_table: Tensor
     """(slots, blocks) int32: the cache blocks of each slot's sequence, in order."""
     prefills: Tensor
-    """(4, R - num_decodes) int32 of the requests with more tokens: index of the first one, their number, length of the
+    """(4, P or more) int32 of the requests with more tokens: index of the first one, their number, length of the
     sequence, row of the block table."""
+    tiles: Tensor
+    """(2, tiles or more) int32 which of the `prefills`, and the index of the tile's first token among its tokens."""
+    counts: Tensor | None = None
+    """(2) int32 decodes and tiles, where a CUDA graph needs them on the device; None: the tensors' sizes tell."""
+    shared: Tensor | None = None
+    """(3) int32: how many of the first decodes begin with the same cache blocks, how many tokens these hold, and a row
+    of the block table that names them. None: nobody looked."""
 
 
 class AttentionBackend(Protocol):
@@ -65,6 +74,12 @@ class AttentionBackend(Protocol):
             (T, heads, head_dim).
         """
         ...
+
+
+def tile_tokens(num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> int:
+    """Tokens of a tile: as many as fill a tensor core's rows together with the query heads that share a key."""
+    rows = 32 if dtype == torch.float32 else 64
+    return max(1, rows * num_kv_heads // num_heads)
 
 
 def attention_backend(device: torch.device) -> AttentionBackend:

@@ -32,6 +32,6 @@ class TritonAttention:
         output = torch.empty(tokens, query.shape[1], head_dim, dtype=qkv.dtype, device=qkv.device)
         if metadata.num_decodes:
             decode_attention(query, cache, output, metadata, scale=scale, window=sliding_window or 0)
-        if tokens > metadata.num_decodes:
+        if metadata.tiles.shape[1]:
             prefill_attention(query, cache, output, metadata, scale=scale, window=sliding_window or 0)
         return output

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.thin_linear import MOST_ROWS, plan, thin_linear
+
 _SILU_BLOCK = 1024
 
 
@@ -110,7 +112,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `engine.kernels.linear`."""
-    return F.linear(x, weight, bias)
+    is_thin = x.ndim == 2 and x.shape[0] <= MOST_ROWS and x.is_contiguous() and weight.is_contiguous()
+    if not is_thin or bias is not None or x.dtype == torch.float32:
+        return F.linear(x, weight, bias)
+    return thin_linear(x, weight, plan(x.shape[0], *weight.shape))
 
 
 def rotate_and_store(

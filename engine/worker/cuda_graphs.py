@@ -1,6 +1,7 @@
 """Functions whose hundreds of kernels are launched as one: captured once for each batch size, then replayed."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class GraphedFunction:
 
     def capture(self, pool: Any, name: str) -> None:
         """Capture every size, the largest first, so that the smaller ones find their memory in its pool."""
-        stream = torch.cuda.Stream()
+        stream = _capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         for size in tqdm(self._sizes[::-1], desc=f"Capturing {name}", unit="graph", disable=None):
             rows = self._inputs[:size]
@@ -51,3 +52,9 @@ class GraphedFunction:
         graph, outputs = self._captured[len(rows)]
         graph.replay()
         return outputs
+
+
+@lru_cache(maxsize=1)
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all captures: memory that was freed on one stream serves no other."""
+    return torch.cuda.Stream()

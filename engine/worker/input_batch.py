@@ -1,5 +1,6 @@
 """The requests that run, as rows of tables on the device, and one step's inputs gathered from them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 from engine.attention import AttentionMetadata
 from engine.messages import EngineRequest
 from engine.step import NewRequest, ScheduledRequest, SchedulerOutput
+from engine.worker.shared_prefix import find_shared_prefix
 
 
 @dataclass(slots=True)
@@ -33,13 +35,15 @@ class StepLayout:
     parts: list[ScheduledRequest]
     slots: list[Slot]
     tokens: npt.NDArray[np.int32]
-    """(3, T) slot, index in its sequence and row of the rotary tables of each token."""
+    """(T, 3) slot, index in its sequence and row of the rotary tables of each token."""
     query_start: npt.NDArray[np.int64]
     """(R + 1) index of each request's first token among the T; the last entry is T."""
     ends: npt.NDArray[np.int64]
     """(R) index behind each request's last token in its sequence."""
     num_decodes: int
     """Requests with one token."""
+    shared: tuple[int, int, int]
+    """How many of them, in front, begin with the same blocks; how many tokens these hold; a slot that has them."""
     sample_rows: npt.NDArray[np.int64]
     """(S) indices into the T tokens."""
     sample_slots: npt.NDArray[np.int64]
@@ -50,7 +54,7 @@ class StepLayout:
     @property
     def only_decodes(self) -> bool:
         """Whether every request samples from its one token, which is no image's."""
-        return len(self.sample_rows) == self.tokens.shape[1] and all(
+        return len(self.sample_rows) == len(self.tokens) and all(
             part.start >= slot.images_end for part, slot in zip(self.parts, self.slots, strict=True)
         )
 
@@ -63,9 +67,18 @@ class InputBatch:
     """
 
     def __init__(
-        self, num_slots: int, max_len: int, block_size: int, device: torch.device, *, long_start: int | None
+        self,
+        num_slots: int,
+        max_len: int,
+        block_size: int,
+        device: torch.device,
+        *,
+        long_start: int | None,
+        tile_tokens: int = 64,
+        finds_shared: bool = False,
     ) -> None:
         self.device = device
+        self._tile_tokens = tile_tokens
         self.block_size = block_size
         self.max_len = max_len
         self._long_start = long_start
@@ -74,6 +87,8 @@ class InputBatch:
         self.padding_slot = num_slots
         self.token_table = torch.zeros(num_slots + 1, max_len + 1, dtype=torch.int32, device=device)
         self.block_table = torch.zeros(num_slots + 1, max_blocks, dtype=torch.int32, device=device)
+        self._finds_shared = finds_shared
+        self._host_blocks = np.zeros((num_slots + 1, max_blocks), np.int32)
         self.slots: dict[str, Slot] = {}
         self._free = list(range(num_slots))[::-1]
 
@@ -91,7 +106,9 @@ class InputBatch:
         slot = Slot(self._free.pop(), request, len(new.block_ids), max((i.end for i in request.images), default=0))
         self.slots[request.request_id] = slot
         self.token_table[slot.index, : len(new.token_ids)] = self.upload(np.asarray(new.token_ids, np.int32))
-        self.block_table[slot.index, : len(new.block_ids)] = self.upload(np.asarray(new.block_ids, np.int32))
+        blocks = np.asarray(new.block_ids, np.int32)
+        self._host_blocks[slot.index, : len(blocks)] = blocks
+        self.block_table[slot.index, : len(blocks)] = self.upload(blocks)
         return slot
 
     def upload(self, array: npt.NDArray[np.generic]) -> Tensor:
@@ -101,11 +118,16 @@ class InputBatch:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
+    def upload_ints(self, values: Sequence[int]) -> Tensor:
+        """Copy a few numbers to the device, as int32."""
+        return self.upload(np.array(values, np.int32))
+
     def lay_out(self, step: SchedulerOutput) -> StepLayout:
         """Arrange a step's tokens, and take over the blocks that it brings."""
         parts = sorted(step.requests, key=lambda part: part.num_tokens > 1)
         slots = [self.slots[part.request_id] for part in parts]
         self._append_blocks(parts, slots)
+        shared = self._share(parts, slots)
         rows = np.array([slot.index for slot in slots], np.int64)
         starts = np.array([part.start for part in parts], np.int64)
         counts = np.array([part.num_tokens for part in parts], np.int64)
@@ -117,37 +139,55 @@ class InputBatch:
         return StepLayout(
             parts=parts,
             slots=slots,
-            tokens=np.stack((rows[owner], positions, self._rotary_rows(positions, slots, owner))).astype(np.int32),
+            tokens=np.stack((rows[owner], positions, self._rotary_rows(positions, slots, owner)), axis=1).astype(
+                np.int32
+            ),
             query_start=query_start,
             ends=ends,
             num_decodes=int((counts == 1).sum()),
+            shared=shared,
             sample_rows=query_start[1:][samples] - 1,
             sample_slots=rows[samples],
             sample_positions=ends[samples],
         )
 
-    def metadata(self, layout: StepLayout) -> AttentionMetadata:
-        """What attention must know of a step, on the device."""
+    def padded(self, layout: StepLayout, size: int) -> npt.NDArray[np.int32]:
+        """A step's tokens, (size, 3), with the padding slot's behind them."""
+        tokens = np.zeros((size, 3), np.int32)
+        tokens[:, 0] = self.padding_slot
+        tokens[: len(layout.tokens)] = layout.tokens
+        return tokens
+
+    def cut(self, layout: StepLayout) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """The `prefills` and `tiles` of `AttentionMetadata`."""
         first = layout.num_decodes
-        rows = layout.tokens[0][layout.query_start[:-1]]
-        prefills = np.stack(
-            (layout.query_start[first:-1], np.diff(layout.query_start)[first:], layout.ends[first:], rows[first:])
-        )
-        # Rows that begin at multiples of 16 bytes: kernels are compiled anew for others.
-        count = layout.tokens.shape[1]
-        aligned = np.zeros((3, -(-count // 4) * 4), np.int32)
-        aligned[:, :count] = layout.tokens
-        tokens = self.upload(aligned)[:, :count]
+        rows = layout.tokens[layout.query_start[first:-1], 0]
+        counts = np.diff(layout.query_start)[first:]
+        prefills = np.stack((layout.query_start[first:-1], counts, layout.ends[first:], rows)).astype(np.int32)
+        return prefills, self.tiles(counts)
+
+    def tiles(self, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """The `tiles` of `AttentionMetadata` for prefills of so many tokens."""
+        num_tiles = -(-counts // self._tile_tokens)
+        owner = np.repeat(np.arange(len(counts)), num_tiles)
+        within = np.arange(len(owner)) - (np.cumsum(num_tiles) - num_tiles)[owner]
+        return np.stack((owner, within * self._tile_tokens)).astype(np.int32)
+
+    def metadata(self, layout: StepLayout, tokens: Tensor) -> AttentionMetadata:
+        """What attention must know of a step whose `tokens` (T, 3) are on the device."""
+        prefills, tiles = (self.upload(array) for array in self.cut(layout))
+        token_rows, positions, rotary_rows = columns(tokens)
         return AttentionMetadata(
-            num_decodes=first,
+            num_decodes=layout.num_decodes,
             query_start=layout.query_start.tolist(),
             seq_lens=layout.ends.tolist(),
-            rows=rows.tolist(),
-            token_rows=tokens[0],
-            positions=tokens[1],
-            rotary_rows=tokens[2],
+            rows=layout.tokens[layout.query_start[:-1], 0].tolist(),
+            token_rows=token_rows,
+            positions=positions,
+            rotary_rows=rotary_rows,
             block_table=self.block_table,
-            prefills=self.upload(prefills.astype(np.int32)),
+            prefills=prefills,
+            tiles=tiles,
         )
 
     def write_sampled(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
@@ -161,8 +201,25 @@ class InputBatch:
                 rows.append((slot.index, slot.num_blocks, block))
                 slot.num_blocks += 1
         if rows:
-            where = self.upload(np.array(rows, np.int32).T)
+            indices = np.array(rows, np.int32).T
+            self._host_blocks[indices[0], indices[1]] = indices[2]
+            where = self.upload(indices)
             self.block_table[where[0], where[1]] = where[2]
+
+    def _share(self, parts: list[ScheduledRequest], slots: list[Slot]) -> tuple[int, int, int]:
+        """Put the requests with one token that share a beginning in front; returns `StepLayout.shared`."""
+        count = sum(part.num_tokens == 1 for part in parts)
+        if not self._finds_shared:
+            return 0, 0, 0
+        rows = np.array([slot.index for slot in slots[:count]], np.int64)
+        lengths = np.array([part.start + 1 for part in parts[:count]], np.int64)
+        found = find_shared_prefix(self._host_blocks[rows], lengths, self.block_size)
+        if found is None:
+            return 0, 0, 0
+        order = np.argsort(~found.members, kind="stable").tolist()
+        parts[:count] = [parts[i] for i in order]
+        slots[:count] = [slots[i] for i in order]
+        return int(found.members.sum()), found.num_tokens, slots[0].index
 
     def _rotary_rows(
         self, positions: npt.NDArray[np.int64], slots: list[Slot], owner: npt.NDArray[np.int64]
@@ -175,3 +232,9 @@ class InputBatch:
         prompt_lens = np.array([len(slot.request.prompt_token_ids) for slot in slots])[owner]
         is_long: npt.NDArray[np.bool_] = np.maximum(prompt_lens, positions + 1) > self._long_start
         return np.where(is_long, positions + self.max_len, positions)
+
+
+def columns(tokens: Tensor) -> Tensor:
+    """(3, T) of tokens (T, 3). Each row begins at a multiple of 16 bytes: kernels are compiled anew for others."""
+    padded = tokens.new_empty(3, -(-len(tokens) // 4) * 4)[:, : len(tokens)]
+    return padded.copy_(tokens.T)

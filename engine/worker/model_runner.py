@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from engine.attention import AttentionMetadata
+from engine.attention import AttentionMetadata, tile_tokens
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError
 from engine.models.llama import head_dim
@@ -17,11 +17,12 @@ from engine.models.llava import LlavaForConditionalGeneration
 from engine.models.loader import load_model
 from engine.models.rotary import long_context_start
 from engine.step import SchedulerOutput
-from engine.worker.cuda_graphs import GraphedFunction
+from engine.worker.decode_graphs import DecodeGraphs
 from engine.worker.input_batch import InputBatch, StepLayout
 from engine.worker.pending import PendingStep, SampledLogprobs
 from engine.worker.random_noise import gumbel_noise
 from engine.worker.sampler import Logprobs, Sampler, gather_logprobs, keep_top
+from engine.worker.step_graphs import StepGraphs
 from engine.worker.timer import DeviceTimer
 from engine.worker.vision import VisionEncoder
 
@@ -49,15 +50,24 @@ class ModelRunner:
         self.model = load_model(config)
         logger.info("loaded %s in %.1f s", config.model_name, time.monotonic() - started)
         long_start = long_context_start(config.text_config)
+        text = config.text_config
+        self._tile_tokens = tile_tokens(text.num_attention_heads, text.num_key_value_heads, config.dtype)
         self._batch = InputBatch(
-            config.max_num_seqs, config.max_model_len, config.block_size, self.device, long_start=long_start
+            config.max_num_seqs,
+            config.max_model_len,
+            config.block_size,
+            self.device,
+            long_start=long_start,
+            tile_tokens=self._tile_tokens,
+            finds_shared=self._finds_shared,
         )
         self._sampler = Sampler(self._batch, config.max_num_seqs, config.vocab_size)
         self._vision: VisionEncoder | None = None
         if config.vision is not None:
             assert isinstance(self.model, LlavaForConditionalGeneration)
             self._vision = VisionEncoder(self.model, config.vision, self._batch)
-        self._decodes: GraphedFunction | None = None
+        self._decodes: DecodeGraphs | None = None
+        self._steps: StepGraphs | None = None
         self.num_blocks = self._count_blocks()
         # One block more than the scheduler knows of: what pads a batch is written there.
         self._caches = self._make_caches(self.num_blocks + 1)
@@ -69,6 +79,12 @@ class ModelRunner:
     def _uses_graphs(self) -> bool:
         return self.device.type == "cuda" and not self._config.enforce_eager
 
+    @property
+    def _finds_shared(self) -> bool:
+        """Whether attention is to read shared beginnings once: a window would cut them off."""
+        windowed = getattr(self._config.text_config, "sliding_window", None) is not None
+        return self._uses_graphs and self._config.enable_prefix_caching and not windowed
+
     def execute(self, step: SchedulerOutput) -> PendingStep:
         """Launch a step. Nothing here waits for the device."""
         with torch.inference_mode():
@@ -77,18 +93,20 @@ class ModelRunner:
             self._change_requests(step)
             encoding = self._encode_images(step)
             layout = self._batch.lay_out(step)
-            size = None if self._decodes is None else self._decodes.padded_size(len(layout.parts))
-            if self._decodes is not None and size is not None and layout.only_decodes:
-                return self._replay(self._decodes, layout, size, encoding)
-            metadata = self._batch.metadata(layout)
-            hidden = self.model.language_model(self._embed(layout, metadata), self._caches, metadata)
+            if self._decodes is not None and self._decodes.fits(layout):
+                rows, logits, tokens = self._decodes(layout)
+                if self._sampler.is_plain(layout.sample_slots):
+                    return self._pending(layout, tokens, None, [], encoding)
+                tokens, logprobs = self._sample(layout, logits, rows[:, 0], rows[:, 1])
+                return self._pending(layout, tokens, logprobs, [], encoding)
+            tokens, hidden = self._forward(layout)
             prompt_logprobs = self._prompt_logprobs(layout, hidden)
-            tokens, logprobs = torch.zeros(0, dtype=torch.int64), None
+            chosen, logprobs = torch.zeros(0, dtype=torch.int64), None
             if len(layout.sample_rows):
                 rows = self._batch.upload(layout.sample_rows)
-                logits = self.model.logits(hidden[rows])
-                tokens, logprobs = self._sample(layout, logits, metadata.token_rows[rows], metadata.positions[rows])
-            return self._pending(layout, tokens, logprobs, prompt_logprobs, encoding)
+                last = tokens[rows]
+                chosen, logprobs = self._sample(layout, self.model.logits(hidden[rows]), last[:, 0], last[:, 1])
+            return self._pending(layout, chosen, logprobs, prompt_logprobs, encoding)
 
     def recover(self) -> None:
         """Give back what a failed step may have left on the device; raises where the device itself is broken."""
@@ -114,10 +132,19 @@ class ModelRunner:
             self._vision.encode(step.encode_images)
         return timer
 
-    def _embed(self, layout: StepLayout, metadata: AttentionMetadata) -> Tensor:
-        hidden = self._look_up(metadata.token_rows, metadata.positions)
+    def _forward(self, layout: StepLayout) -> tuple[Tensor, Tensor]:
+        """The step's tokens (T or more, 3), on the device, and their last states (T, hidden)."""
+        size = None if self._steps is None else self._steps.padded_size(layout)
+        tokens = self._batch.upload(layout.tokens if size is None else self._batch.padded(layout, size))
+        embedded = self._embed(layout, tokens[: len(layout.tokens)])
+        if self._steps is not None and size is not None:
+            return tokens, self._steps(layout, tokens, embedded)
+        return tokens, self.model.language_model(embedded, self._caches, self._batch.metadata(layout, tokens))
+
+    def _embed(self, layout: StepLayout, tokens: Tensor) -> Tensor:
+        hidden = self._look_up(tokens[:, 0], tokens[:, 1])
         if self._vision is not None:
-            for row, part, slot in zip(metadata.query_start, layout.parts, layout.slots, strict=False):
+            for row, part, slot in zip(layout.query_start.tolist(), layout.parts, layout.slots, strict=False):
                 if part.start < slot.images_end:
                     end = part.start + part.num_tokens
                     self._vision.merge(hidden, row, part.start, end, slot.request.images)
@@ -126,48 +153,6 @@ class ModelRunner:
     def _look_up(self, token_rows: Tensor, positions: Tensor) -> Tensor:
         """Embeddings (T, hidden) of the tokens at these positions of these slots."""
         return self.model.language_model.embed_tokens(self._batch.token_table[token_rows, positions])  # type: ignore[no-any-return]
-
-    def _decode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """A step of one token each, that a graph can hold: all sizes follow from the batch's.
-
-        Args:
-            rows: (B, 3) int32 slot, index in its sequence and row of the rotary tables of each token.
-
-        Returns:
-            logits (B, vocabulary) float32 and the likeliest tokens (B), which are written to the slots.
-        """
-        token_rows, positions, rotary_rows = rows.T.contiguous()
-        size = len(rows)
-        metadata = AttentionMetadata(
-            num_decodes=size,
-            query_start=list(range(size + 1)),
-            seq_lens=[],
-            rows=[],
-            token_rows=token_rows,
-            positions=positions,
-            rotary_rows=rotary_rows,
-            block_table=self._batch.block_table,
-            prefills=rows[:0],
-        )
-        hidden = self.model.language_model(self._look_up(token_rows, positions), self._caches, metadata)
-        logits = self._logits[:size].copy_(self.model.head(hidden))
-        tokens = logits.argmax(-1)
-        self._batch.write_sampled(token_rows, positions + 1, tokens)
-        return logits, tokens
-
-    def _replay(
-        self, decodes: GraphedFunction, layout: StepLayout, size: int, encoding: DeviceTimer | None
-    ) -> PendingStep:
-        count = len(layout.parts)
-        padded = np.zeros((size, 3), np.int32)
-        padded[:, 0] = self._batch.padding_slot
-        padded[:count] = layout.tokens.T
-        rows = self._batch.upload(padded)
-        logits, tokens = decodes(rows)
-        chosen, logprobs = tokens[:count], None
-        if not self._sampler.is_plain(layout.sample_slots):
-            chosen, logprobs = self._sample(layout, logits[:count], rows[:count, 0], rows[:count, 1])
-        return self._pending(layout, chosen, logprobs, [], encoding)
 
     def _sample(
         self, layout: StepLayout, logits: Tensor, slots: Tensor, positions: Tensor
@@ -317,25 +302,34 @@ class ModelRunner:
             rotary_rows=zeros,
             block_table=self._batch.block_table,
             prefills=self._batch.upload(prefills),
+            tiles=self._batch.upload(self._batch.tiles(prefills[1].astype(np.int64))),
         )
         hidden = self._look_up(metadata.token_rows, metadata.positions)
         return self.model.language_model(hidden, self._make_caches(1), metadata)  # type: ignore[no-any-return]
 
     def _capture(self) -> None:
-        """Capture the steps in which every request has one token, and the vision tower."""
-        started = time.monotonic()
-        config, padding = self._config, torch.zeros(3, dtype=torch.int32)
+        """Capture steps in which every request has one token, all other steps, and the vision tower."""
+        started, config = time.monotonic(), self._config
         most = min(config.max_num_seqs, config.max_num_batched_tokens, _MOST_IN_GRAPH)
-        padding[0] = self._batch.padding_slot
-        self._logits = torch.empty(most, config.vocab_size, dtype=torch.float32, device=self.device)
-        rows = padding.to(self.device).repeat(most, 1)
-        decodes = GraphedFunction(self._decode, rows, _graph_sizes(most))
+        decodes = DecodeGraphs(
+            self.model, self._batch, self._caches, max_requests=most, finds_shared=self._finds_shared
+        )
+        steps = StepGraphs(
+            lambda hidden, metadata: self.model.language_model(hidden, self._caches, metadata),
+            self._batch,
+            hidden_size=config.text_config.hidden_size,
+            dtype=config.dtype,
+            max_tokens=config.max_num_batched_tokens,
+            max_requests=config.max_num_seqs,
+            tile_tokens=self._tile_tokens,
+        )
         pool = torch.cuda.graph_pool_handle()
         with torch.inference_mode():
-            decodes.capture(pool, "decoding")
+            steps.capture(pool)
+            decodes.capture(pool)
             if self._vision is not None:
                 self._vision.capture(pool)
-        self._decodes = decodes
+        self._decodes, self._steps = decodes, steps
         logger.info("captured CUDA graphs in %.1f s", time.monotonic() - started)
 
     def _make_caches(self, num_blocks: int) -> list[Tensor]:
@@ -349,12 +343,6 @@ def _make_exact() -> None:
     """Float32 products are float32 products: no TF32, which would cost three digits."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-
-
-def _graph_sizes(most: int) -> list[int]:
-    """Batch sizes to capture: the gaps grow with the size, so that padding costs little."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, most, 16)]
-    return [size for size in sizes if size < most] + [most]
 
 
 def _free_cpu_bytes() -> int:

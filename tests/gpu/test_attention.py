@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.attention import AttentionMetadata
+from engine.attention import AttentionMetadata, tile_tokens
 from engine.attention.sdpa import SDPAttention
 from tests.gpu.conftest import DEVICE, INTERPRETS
 
@@ -15,7 +15,7 @@ BLOCK = 16
 ROWS = 9
 
 
-def metadata(counts: list[int], lengths: list[int], device: str) -> tuple[AttentionMetadata, int]:
+def metadata(counts: list[int], lengths: list[int], tile: int, device: str) -> tuple[AttentionMetadata, int]:
     """Of requests with this many new tokens and this length; those with one token must come first."""
     generator = torch.Generator().manual_seed(0)
     needed = [-(-length // BLOCK) for length in lengths]
@@ -31,18 +31,40 @@ def metadata(counts: list[int], lengths: list[int], device: str) -> tuple[Attent
     decodes = counts.count(1)
     prefills = torch.tensor([starts[decodes:-1], counts[decodes:], lengths[decodes:], rows[decodes:]]).int()
     owners = torch.repeat_interleave(torch.tensor(rows), torch.tensor(counts)).int()
-    tensors = [tensor.to(device) for tensor in (owners, positions, positions, table, prefills)]
+    pairs = [(i, first) for i, count in enumerate(counts[decodes:]) for first in range(0, count, tile)]
+    tiles = torch.tensor(pairs, dtype=torch.int32).view(-1, 2).T.contiguous()
+    tensors = [tensor.to(device) for tensor in (owners, positions, positions, table, prefills, tiles)]
     return AttentionMetadata(decodes, starts, lengths, rows, *tensors), len(order)
 
 
 def check(
-    dtype: torch.dtype, shape: tuple[int, int, int], window: int | None, counts: list[int], lengths: list[int]
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    window: int | None,
+    counts: list[int],
+    lengths: list[int],
+    *,
+    counted: bool = False,
+    shared: tuple[int, int] | None = None,
 ) -> None:
+    """`shared`: so many of the first decodes begin with so many of the first one's tokens."""
     from engine.attention.triton import TritonAttention
 
     heads, kv_heads, head_dim = shape
-    device_meta, blocks = metadata(counts, lengths, DEVICE)
-    host_meta, _ = metadata(counts, lengths, "cpu")
+    tile = tile_tokens(heads, kv_heads, dtype)
+    device_meta, blocks = metadata(counts, lengths, tile, DEVICE)
+    host_meta, _ = metadata(counts, lengths, tile, "cpu")
+    if shared is not None:
+        members, length = shared
+        for meta in (device_meta, host_meta):
+            meta.block_table[host_meta.rows[1:members], : length // BLOCK] = meta.block_table[
+                host_meta.rows[0], : length // BLOCK
+            ]
+        device_meta.shared = torch.tensor([members, length, host_meta.rows[0]]).int().to(DEVICE)
+    if counted:
+        device_meta.counts = torch.tensor([device_meta.num_decodes, device_meta.tiles.shape[1]]).int().to(DEVICE)
+        device_meta.num_decodes = len(counts)
+        device_meta.tiles = torch.nn.functional.pad(device_meta.tiles, (0, 3))
     generator = torch.Generator().manual_seed(1)
     qkv = torch.randn(sum(counts), heads + 2 * kv_heads, head_dim, generator=generator).to(dtype)
     cache = torch.randn(2, blocks, BLOCK, kv_heads, head_dim, generator=generator).to(dtype)
@@ -70,11 +92,18 @@ DTYPES = [torch.float32, torch.float16] if INTERPRETS else [torch.float32, torch
 SHAPES = [(4, 4, 64), (8, 2, 128), (6, 1, 80), (2, 2, 16)]
 
 
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("window", [None, 5, 40])
 @pytest.mark.parametrize("shape", SHAPES[1:3] if INTERPRETS else SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mixed_batch(dtype: torch.dtype, shape: tuple[int, int, int], window: int | None) -> None:
-    check(dtype, shape, window, COUNTS, LENGTHS)
+def test_mixed_batch(dtype: torch.dtype, shape: tuple[int, int, int], window: int | None, counted: bool) -> None:
+    """Counted: as in a CUDA graph, which has room for more requests and tiles than there are."""
+    check(dtype, shape, window, COUNTS, LENGTHS, counted=counted)
+
+
+def test_counted_batches_without_decodes_or_without_prefills() -> None:
+    check(torch.float32, (4, 2, 32), None, [20, 70], [30, 70], counted=True)
+    check(torch.float32, (4, 2, 32), None, [1, 1, 1], [30, 70, 1], counted=True)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -92,3 +121,11 @@ def test_any_number_of_splits(splits: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(triton_decode, "plan", lambda *args, **settings: plan)
     for shape in ((4, 4, 32), (4, 1, 32)):
         check(torch.float32, shape, None, [1] * 4, [300, 1, 31, 257])
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("shape", [(4, 4, 32), (8, 2, 16)])
+@pytest.mark.parametrize("shared", [(0, 0), (3, 32), (5, 240), (4, 256)])
+def test_a_shared_beginning_is_read_once(shared: tuple[int, int], shape: tuple[int, int, int], counted: bool) -> None:
+    lengths = [300, 257, 290, 400, 241, 3, 20, 50] if shared != (0, 0) else [300, 2, 3, 4, 5, 6, 20, 50]
+    check(torch.float32, shape, None, [1] * 6 + [20, 7], lengths, counted=counted, shared=shared)

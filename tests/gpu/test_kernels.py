@@ -43,10 +43,11 @@ def test_activation(dtype: torch.dtype, size: int) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 16])
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETS else [torch.bfloat16, torch.float16])
 def test_thin_linear(dtype: torch.dtype, rows: int, size_in: int, size_out: int) -> None:
-    from engine.kernels.thin_linear import ThinPlan, thin_linear
+    from engine.kernels.thin_linear import ThinPlan, plan, thin_linear
 
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, size_in, generator=generator).to(dtype).to(DEVICE) for n in (rows, size_out))
-    plan = ThinPlan(16, 512, 4, 1) if rows == 1 else ThinPlan(32, 128, 4, 3)
     expected = (x.double() @ weight.double().T).to(dtype)
-    torch.testing.assert_close(thin_linear(x, weight, plan), expected, **tolerances(dtype))
+    small = ThinPlan(16, 512, 4, 1) if rows == 1 else ThinPlan(32, 128, 4, 3)
+    for cut in (small, plan(rows, size_out, size_in)):
+        torch.testing.assert_close(thin_linear(x, weight, cut), expected, **tolerances(dtype))

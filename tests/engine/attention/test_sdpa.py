@@ -17,9 +17,10 @@ MIXED = ([1, 9, 1, 33, 4], [1, 9, 40, 33, 57])
 def metadata(
     starts: list[int], lengths: list[int], rows: list[int], owners: list[int], positions: list[int], table: Tensor
 ) -> AttentionMetadata:
-    """The CPU needs no order of requests, and looks at no `prefills`."""
+    """The CPU needs no order of requests, and looks at no `prefills` and `tiles`."""
     tokens, places = torch.tensor(owners).int(), torch.tensor(positions).int()
-    return AttentionMetadata(0, starts, lengths, rows, tokens, places, places, table, torch.zeros(4, 0).int())
+    empty = torch.zeros(4, 0).int()
+    return AttentionMetadata(0, starts, lengths, rows, tokens, places, places, table, empty, empty)
 
 
 def attend(

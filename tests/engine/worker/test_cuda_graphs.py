@@ -3,8 +3,14 @@
 import torch
 from torch import Tensor
 
+from engine.attention import AttentionMetadata
+from engine.messages import EngineRequest
+from engine.sampling_params import SamplingParams
+from engine.step import NewRequest, ScheduledRequest, SchedulerOutput
 from engine.worker.cuda_graphs import GraphedFunction
-from engine.worker.model_runner import _graph_sizes
+from engine.worker.decode_graphs import decode_sizes
+from engine.worker.input_batch import InputBatch
+from engine.worker.step_graphs import StepGraphs, step_sizes
 
 
 def test_rows_go_through_the_static_input() -> None:
@@ -24,5 +30,49 @@ def test_rows_go_through_the_static_input() -> None:
 
 def test_sizes_reach_every_batch() -> None:
     for most in (1, 2, 3, 8, 64, 65, 100, 256):
-        sizes = _graph_sizes(most)
+        sizes = decode_sizes(most)
         assert sizes == sorted(set(sizes)) and sizes[-1] == most
+
+
+def test_step_sizes_reach_every_step() -> None:
+    for most in (1, 7, 16, 100, 1500, 2048, 4096):
+        sizes = step_sizes(most)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == most
+
+
+def test_a_step_is_laid_where_its_graph_reads_it() -> None:
+    """Two decodes, then prompts of 5 and 9 tokens, in tiles of 4 tokens; the second step is shorter than the first."""
+    batch = InputBatch(8, 64, 16, torch.device("cpu"), long_start=None, tile_tokens=4)
+    seen: list[AttentionMetadata] = []
+
+    def forward(hidden: Tensor, metadata: AttentionMetadata) -> Tensor:
+        seen.append(metadata)
+        return hidden + 1
+
+    graphs = StepGraphs(
+        forward, batch, hidden_size=2, dtype=torch.float32, max_tokens=32, max_requests=8, tile_tokens=4
+    )
+    new = [
+        NewRequest(EngineRequest(name, [7] * 20, SamplingParams(), 4, 0), [7] * 20, [i, i + 4])
+        for i, name in enumerate("abcd")
+    ]
+    spans = {"a": (3, 5), "b": (19, 1), "c": (0, 9), "d": (2, 1)}
+    parts = [ScheduledRequest(name, start, count, name == "b", [], 0) for name, (start, count) in spans.items()]
+    for request in new:
+        batch.add(request)
+    slot = {name: batch.slots[name].index for name in spans}
+    for some in (parts, parts[1:2]):
+        layout = batch.lay_out(SchedulerOutput(requests=some))
+        size = graphs.padded_size(layout)
+        assert size == 16
+        hidden = torch.rand(len(layout.tokens), 2)
+        found = graphs(layout, torch.from_numpy(batch.padded(layout, size)), hidden)
+        assert torch.equal(found, hidden + 1)
+    first, second = seen
+    assert second.counts is not None and second.counts.tolist() == [1, 0]
+    assert first.prefills.data_ptr() == second.prefills.data_ptr()
+    assert first.token_rows[:2].tolist() == [slot["b"], slot["d"]] and first.positions[:2].tolist() == [19, 2]
+    assert second.token_rows[1:].tolist() == [batch.padding_slot] * 15
+    prefills, tiles = batch.cut(batch.lay_out(SchedulerOutput(requests=parts)))
+    assert prefills.T.tolist() == [[2, 5, 8, slot["a"]], [7, 9, 9, slot["c"]]]
+    assert tiles.T.tolist() == [[0, 0], [0, 4], [1, 0], [1, 4], [1, 8]]
