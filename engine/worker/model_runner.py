@@ -310,6 +310,7 @@ class ModelRunner:
     def _capture(self) -> None:
         """Capture steps in which every request has one token, all other steps, and the vision tower."""
         started, config = time.monotonic(), self._config
+        free, _ = torch.cuda.mem_get_info()
         most = min(config.max_num_seqs, config.max_num_batched_tokens, _MOST_IN_GRAPH)
         decodes = DecodeGraphs(
             self.model, self._batch, self._caches, max_requests=most, finds_shared=self._finds_shared
@@ -330,7 +331,8 @@ class ModelRunner:
             if self._vision is not None:
                 self._vision.capture(pool)
         self._decodes, self._steps = decodes, steps
-        logger.info("captured CUDA graphs in %.1f s", time.monotonic() - started)
+        taken = (free - torch.cuda.mem_get_info()[0]) / 2**20
+        logger.info("captured CUDA graphs in %.1f s, %.0f MiB", time.monotonic() - started, taken)
 
     def _make_caches(self, num_blocks: int) -> list[Tensor]:
         text = self._config.text_config
