@@ -163,15 +163,20 @@ class InputBatch:
         first = layout.num_decodes
         rows = layout.tokens[layout.query_start[first:-1], 0]
         counts = np.diff(layout.query_start)[first:]
-        prefills = np.stack((layout.query_start[first:-1], counts, layout.ends[first:], rows)).astype(np.int32)
-        return prefills, self.tiles(counts)
+        ends = layout.ends[first:]
+        prefills = np.stack((layout.query_start[first:-1], counts, ends, rows)).astype(np.int32)
+        return prefills, self.tiles(counts, ends)
 
-    def tiles(self, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """The `tiles` of `AttentionMetadata` for prefills of so many tokens."""
+    def tiles(self, counts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """The `tiles` of `AttentionMetadata` for prefills of so many tokens, the last of which end there.
+
+        Those that see the most keys come first, lest the GPU wait for one of them at the end.
+        """
         num_tiles = -(-counts // self._tile_tokens)
         owner = np.repeat(np.arange(len(counts)), num_tiles)
-        within = np.arange(len(owner)) - (np.cumsum(num_tiles) - num_tiles)[owner]
-        return np.stack((owner, within * self._tile_tokens)).astype(np.int32)
+        within = (np.arange(len(owner)) - (np.cumsum(num_tiles) - num_tiles)[owner]) * self._tile_tokens
+        order = np.argsort(-(ends - counts)[owner] - within, kind="stable")
+        return np.stack((owner, within))[:, order].astype(np.int32)
 
     def metadata(self, layout: StepLayout, tokens: Tensor) -> AttentionMetadata:
         """What attention must know of a step whose `tokens` (T, 3) are on the device."""

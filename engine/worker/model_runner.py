@@ -20,8 +20,7 @@ from engine.step import SchedulerOutput
 from engine.worker.decode_graphs import DecodeGraphs
 from engine.worker.input_batch import InputBatch, StepLayout
 from engine.worker.pending import PendingStep, SampledLogprobs
-from engine.worker.random_noise import gumbel_noise
-from engine.worker.sampler import Logprobs, Sampler, gather_logprobs, keep_top
+from engine.worker.sampler import Logprobs, Sampler, gather_logprobs, profile_sampling
 from engine.worker.step_graphs import StepGraphs
 from engine.worker.timer import DeviceTimer
 from engine.worker.vision import VisionEncoder
@@ -279,10 +278,7 @@ class ModelRunner:
                 hidden = self._profile_step(tokens)
             rows = max(self._config.max_num_seqs, _LOGPROB_ROWS)
             logits = self.model.logits(hidden[:1].expand(rows, -1))
-            gather_logprobs(logits, torch.zeros(rows, dtype=torch.int64, device=self.device), 1)
-            limits = torch.ones(rows, 1, dtype=torch.int64, device=self.device)
-            keep_top(logits, limits, limits.float())
-            gumbel_noise(limits.squeeze(1), logits.shape[1])
+            profile_sampling(logits)
 
     def _profile_step(self, tokens: int) -> Tensor:
         """So many tokens in sequences as long as they may be, all in one block, which changes nothing about memory."""
@@ -302,7 +298,7 @@ class ModelRunner:
             rotary_rows=zeros,
             block_table=self._batch.block_table,
             prefills=self._batch.upload(prefills),
-            tiles=self._batch.upload(self._batch.tiles(prefills[1].astype(np.int64))),
+            tiles=self._batch.upload(self._batch.tiles(*prefills[1:3].astype(np.int64))),
         )
         hidden = self._look_up(metadata.token_rows, metadata.positions)
         return self.model.language_model(hidden, self._make_caches(1), metadata)  # type: ignore[no-any-return]

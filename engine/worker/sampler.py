@@ -12,6 +12,9 @@ from engine.worker.input_batch import InputBatch, Slot
 from engine.worker.logits_rules import TokenRules
 from engine.worker.random_noise import gumbel_noise, noise_keys
 
+_SORTED_ROWS = 64
+"""Rows of logits that are sorted or given noise at once: more would take memory that the cache could use."""
+
 _Floats = npt.NDArray[np.float32]
 _Ints = npt.NDArray[np.int64]
 
@@ -97,9 +100,10 @@ class Sampler:
             self._penalize(logits, penalized, slots)
         tokens = logits.argmax(-1)
         random = np.flatnonzero(~self._greedy[slots])
-        if len(random):
-            rows = self._batch.upload(random)
-            tokens[rows] = self._sample_randomly(logits[rows], slots[random], positions[random])
+        for first in range(0, len(random), _SORTED_ROWS):
+            some = random[first : first + _SORTED_ROWS]
+            rows = self._batch.upload(some)
+            tokens[rows] = self._sample_randomly(logits[rows], slots[some], positions[some])
         if len(penalized):
             self._count(tokens, penalized, slots)
         return tokens
@@ -166,12 +170,27 @@ def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
 
 def gather_logprobs(logits: Tensor, taken: Tensor, count: int) -> Logprobs:
     """Log probabilities of the taken tokens (rows) and of the `count` best, from raw logits (rows, vocabulary)."""
+    pairs = zip(logits.split(_SORTED_ROWS), taken.split(_SORTED_ROWS), strict=True)
+    parts = [_gather_logprobs(some, tokens, count) for some, tokens in pairs]
+    return Logprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _gather_logprobs(logits: Tensor, taken: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logprobs = logits.log_softmax(-1)
     of_taken = logprobs.gather(1, taken.unsqueeze(1))
     rank = (logprobs > of_taken).sum(-1) + 1
     # A stable sort has the lower id first among equals, as the choice of greedy tokens has.
     values, ids = logprobs.sort(dim=-1, descending=True, stable=True)
-    return Logprobs(of_taken.squeeze(1), rank, values[:, :count].contiguous(), ids[:, :count].contiguous())
+    return of_taken.squeeze(1), rank, values[:, :count].contiguous(), ids[:, :count].contiguous()
+
+
+def profile_sampling(logits: Tensor) -> None:
+    """Run what takes the most memory beside the logits (rows, vocabulary)."""
+    rows = min(len(logits), _SORTED_ROWS)
+    indices = torch.arange(rows, device=logits.device)
+    gather_logprobs(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device), 1)
+    keep_top(logits[:rows], indices.unsqueeze(1) + 1, torch.ones(rows, 1, device=logits.device))
+    gumbel_noise(indices, logits.shape[1])
 
 
 def has_penalty(params: SamplingParams) -> bool:

@@ -47,6 +47,7 @@ class StepGraphs:
         device = batch.device
         self._max_requests = max_requests
         self._hidden = torch.zeros(most, hidden_size, dtype=dtype, device=device)
+        self._states = torch.zeros_like(self._hidden)
         # Counts, what is shared, prefills, tiles: all that a step changes goes there in one copy.
         max_tiles = most // tile_tokens + max_requests
         self._cut = torch.zeros(5 + 4 * max_requests + 2 * max_tiles, dtype=torch.int32, device=device)
@@ -103,7 +104,8 @@ class StepGraphs:
             counts=counts,
             shared=shared,
         )
-        return self._forward(self._hidden[:size], metadata)
+        # To a place that all sizes share: what a graph returns keeps its memory for ever.
+        return self._states[:size].copy_(self._forward(self._hidden[:size], metadata))
 
 
 def step_sizes(most: int) -> list[int]:

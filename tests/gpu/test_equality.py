@@ -1,5 +1,6 @@
 """The engine on the GPU in float32 gives Hugging Face's tokens, which are computed on the CPU."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -117,6 +118,7 @@ def test_a_closed_engine_gives_its_memory_back(checkpoint: MakeCheckpoint) -> No
     import torch
 
     folder = str(checkpoint(SPECS["gqa"]))
+    gc.collect()  # engines of other tests
     before = torch.cuda.memory_allocated()
     with LLM(folder, dtype="float32", device="cuda", **ROOMY) as llm:
         llm.generate("USER: Hello ASSISTANT:", SamplingParams(max_tokens=3), use_tqdm=False)

@@ -75,4 +75,4 @@ def test_a_step_is_laid_where_its_graph_reads_it() -> None:
     assert second.token_rows[1:].tolist() == [batch.padding_slot] * 15
     prefills, tiles = batch.cut(batch.lay_out(SchedulerOutput(requests=parts)))
     assert prefills.T.tolist() == [[2, 5, 8, slot["a"]], [7, 9, 9, slot["c"]]]
-    assert tiles.T.tolist() == [[0, 0], [0, 4], [1, 0], [1, 4], [1, 8]]
+    assert tiles.T.tolist() == [[1, 8], [0, 4], [1, 4], [0, 0], [1, 0]]  # by the keys they see
