@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.attention import AttentionMetadata, tile_tokens
 from engine.attention.programs import num_programs
+from engine.kernels.overlap import overlap, wait_for_inputs
 
 _USUAL_DECODES = 8
 """Of a step whose number only the GPU knows; the plan is made for so many."""
@@ -126,8 +127,10 @@ def _decode(  # type: ignore[no-untyped-def]
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, SHARED_PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: one request, key-value head and part."""
+    wait_for_inputs(OVERLAP)
     _attend_part(
         tl.program_id(0), tl.program_id(1), tl.program_id(2), query, cache, output, partial, partial_lse, rows,
         positions, block_table, shared, scale, value_offset, query_stride, output_stride, block_stride, slot_stride,
@@ -143,8 +146,10 @@ def _decode_counted(  # type: ignore[no-untyped-def]
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, SHARED_PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The same where only the GPU knows how many requests there are: each program takes one after the other."""
+    wait_for_inputs(OVERLAP)
     for item in range(tl.program_id(0), tl.load(counts) * KV_HEADS * SPLITS, tl.num_programs(0)):
         _attend_part(
             item // (KV_HEADS * SPLITS), item // SPLITS % KV_HEADS, item % SPLITS, query, cache, output, partial,
@@ -160,12 +165,13 @@ def _decode_shared(  # type: ignore[no-untyped-def]
     scale, value_offset, query_stride, block_stride, slot_stride, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, SHARED_PARTS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Attend to the shared beginning, whose keys are read once for `TOKENS` requests; as `_attend_part` beyond it.
 
     Each program takes one triple of some requests, a key-value head and a part after the other.
     """
+    wait_for_inputs(OVERLAP)
     num_members = tl.load(shared)
     length = tl.load(shared + 1)
     table = block_table + tl.load(shared + 2).to(tl.int64) * table_stride
@@ -215,8 +221,10 @@ def _decode_shared(  # type: ignore[no-untyped-def]
 def _merge(  # type: ignore[no-untyped-def]
     partial, partial_lse, output, counts, num_requests, output_stride,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PARTS: tl.constexpr, COUNTED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Join the parts, of one request and head after the other."""
+    wait_for_inputs(OVERLAP)
     if COUNTED:
         num_requests = tl.load(counts)
     dims = tl.arange(0, HEAD_PAD)
@@ -264,7 +272,7 @@ def decode_attention(
     common = {
         "KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "HEAD_PAD": head_pad,
         "BLOCK_SIZE": cache.shape[2], "SPLITS": cut.splits, "SHARED_PARTS": num_shared, "COLUMNS": cut.columns,
-        "PRECISION": "ieee" if exact else "tf32",
+        "PRECISION": "ieee" if exact else "tf32", **overlap(query.device),
     }  # fmt: skip
     settings = {"GROUP_PAD": group_pad, "STAGES": cut.stages, "WINDOW": window, "num_warps": cut.warps, **common}
     programs = num_programs(query.device)
@@ -284,4 +292,5 @@ def decode_attention(
         _merge[(items if counts is None else min(programs, items),)](
             partial, partial_lse, output, counts, requests, output.stride(0),
             HEADS=heads, HEAD_DIM=head_dim, HEAD_PAD=head_pad, PARTS=parts, COUNTED=counts is not None, num_warps=2,
+            **overlap(query.device),
         )  # fmt: skip

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.attention import AttentionMetadata, tile_tokens
 from engine.attention.programs import num_programs
+from engine.kernels.overlap import overlap, wait_for_inputs
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -74,9 +75,10 @@ def _prefill(  # type: ignore[no-untyped-def]
     tile_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, COUNTED: tl.constexpr,
+    PRECISION: tl.constexpr, COUNTED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Each program takes one pair of a tile and a key-value head after the other."""
+    wait_for_inputs(OVERLAP)
     if COUNTED:
         num_tiles = tl.load(counts + 1)
     for item in range(tl.program_id(0), num_tiles * KV_HEADS, tl.num_programs(0)):
@@ -114,4 +116,5 @@ def prefill_attention(
         KV_HEADS=kv_heads, GROUP=group, TOKENS=tokens, ROWS=max(16, triton.next_power_of_2(tokens * group)),
         HEAD_DIM=head_dim, HEAD_PAD=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=cache.shape[2],
         COLUMNS=32 if exact else 64, WINDOW=window, PRECISION="ieee" if exact else "tf32", COUNTED=counted, num_warps=4,
+        **overlap(query.device),
     )  # fmt: skip

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.overlap import overlap, wait_for_inputs
+
 MOST_ROWS = 16
 
 
@@ -32,6 +34,7 @@ def plan(rows: int, size_out: int, size_in: int) -> ThinPlan:
 def _thin_linear(  # type: ignore[no-untyped-def]
     x, weight, output, num_rows, size_in, size_out,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: some outputs of all rows."""
     outs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -40,25 +43,35 @@ def _thin_linear(  # type: ignore[no-untyped-def]
     weights = weight + outs[:, None].to(tl.int64) * size_in + ins[None, :]
     out_mask = outs < size_out
     if ROWS == 1:
-        sums = tl.zeros([OUTPUTS, INPUTS], tl.float32)
-    else:
-        sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
-    for start in tl.range(0, size_in, INPUTS, num_stages=STAGES):
-        in_mask = ins < size_in - start
+        # The first part of the weight is on its way while the kernel before this one ends.
         if EVEN:
-            w = tl.load(weights + start, eviction_policy="evict_first")
+            w = tl.load(weights, eviction_policy="evict_first")
         else:
-            w = tl.load(weights + start, mask=out_mask[:, None] & in_mask[None, :], other=0.0)
-        if ROWS == 1:
+            w = tl.load(weights, mask=out_mask[:, None] & (ins < size_in)[None, :], other=0.0)
+        wait_for_inputs(OVERLAP)
+        v = tl.load(x + ins, mask=ins < size_in, other=0.0)
+        sums = w.to(tl.float32) * v.to(tl.float32)[None, :]
+        for start in tl.range(INPUTS, size_in, INPUTS, num_stages=STAGES):
+            in_mask = ins < size_in - start
+            if EVEN:
+                w = tl.load(weights + start, eviction_policy="evict_first")
+            else:
+                w = tl.load(weights + start, mask=out_mask[:, None] & in_mask[None, :], other=0.0)
             v = tl.load(x + start + ins, mask=in_mask, other=0.0)
             sums += w.to(tl.float32) * v.to(tl.float32)[None, :]
-        else:
+        tl.store(output + outs, tl.sum(sums, 1).to(output.dtype.element_ty), mask=out_mask)
+    else:
+        wait_for_inputs(OVERLAP)
+        sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
+        for start in tl.range(0, size_in, INPUTS, num_stages=STAGES):
+            in_mask = ins < size_in - start
+            if EVEN:
+                w = tl.load(weights + start, eviction_policy="evict_first")
+            else:
+                w = tl.load(weights + start, mask=out_mask[:, None] & in_mask[None, :], other=0.0)
             v_mask = in_mask[:, None] & (rows < num_rows)[None, :]
             v = tl.load(x + rows[None, :] * size_in + (start + ins)[:, None], mask=v_mask, other=0.0)
             sums = tl.dot(w, v, sums)
-    if ROWS == 1:
-        tl.store(output + outs, tl.sum(sums, 1).to(output.dtype.element_ty), mask=out_mask)
-    else:
         mask = out_mask[:, None] & (rows < num_rows)[None, :]
         tl.store(output + rows[None, :] * size_out + outs[:, None], sums.to(output.dtype.element_ty), mask=mask)
 
@@ -72,5 +85,6 @@ def thin_linear(x: Tensor, weight: Tensor, plan: ThinPlan) -> Tensor:
         x, weight, output, rows, size_in, size_out,
         ROWS=1 if rows == 1 else MOST_ROWS, OUTPUTS=plan.outputs, INPUTS=plan.inputs,
         EVEN=size_in % plan.inputs == 0 and size_out % plan.outputs == 0, STAGES=plan.stages, num_warps=plan.warps,
+        **overlap(x.device),
     )  # fmt: skip
     return output

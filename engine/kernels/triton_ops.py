@@ -6,16 +6,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.overlap import overlap, wait_for_inputs
 from engine.kernels.thin_linear import MOST_ROWS, plan, thin_linear
 
 _SILU_BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["eps"])  # type: ignore[untyped-decorator]
-def _rms_norm(x, residual, weight, normed, size, eps, ADD: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rms_norm(x, residual, weight, normed, size, eps, ADD: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program: one row."""
     columns = tl.arange(0, WIDTH)
     mask = columns < size
+    factor = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    wait_for_inputs(OVERLAP)
     offsets = tl.program_id(0).to(tl.int64) * size + columns
     value = tl.load(x + offsets, mask=mask, other=0.0)
     if ADD:
@@ -25,13 +28,14 @@ def _rms_norm(x, residual, weight, normed, size, eps, ADD: tl.constexpr, WIDTH: 
         tl.store(residual + offsets, value, mask=mask)
     wide = value.to(tl.float32)
     wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
-    scaled = wide.to(value.dtype).to(tl.float32) * tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    scaled = wide.to(value.dtype).to(tl.float32) * factor
     tl.store(normed + offsets, scaled.to(value.dtype), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _silu_mul(gate_up, output, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _silu_mul(gate_up, output, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program: part of a row."""
+    wait_for_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
@@ -47,8 +51,10 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     qkv, cos, sin, rotary_rows, cache, rows, positions, block_table,
     num_heads, num_kv_heads, value_offset, qkv_stride, block_stride, slot_stride, table_stride,
     HALF: tl.constexpr, HALF_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: `HEADS` query or key heads of one token, and the keys' values."""
+    wait_for_inputs(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     dims = tl.arange(0, HALF_PAD)
@@ -97,7 +103,16 @@ def _norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, add: bool)
     rows, size = x.shape
     width = triton.next_power_of_2(size)
     _rms_norm[(rows,)](
-        x, residual, weight, normed, size, eps, ADD=add, WIDTH=width, num_warps=min(16, max(1, width // 512))
+        x,
+        residual,
+        weight,
+        normed,
+        size,
+        eps,
+        ADD=add,
+        WIDTH=width,
+        num_warps=min(16, max(1, width // 512)),
+        **overlap(x.device),
     )
     return normed
 
@@ -106,7 +121,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """See `engine.kernels.silu_mul`."""
     rows, both = gate_up.shape
     output = torch.empty(rows, both // 2, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul[(rows, triton.cdiv(both // 2, _SILU_BLOCK))](gate_up, output, both // 2, BLOCK=_SILU_BLOCK)
+    _silu_mul[(rows, triton.cdiv(both // 2, _SILU_BLOCK))](
+        gate_up, output, both // 2, BLOCK=_SILU_BLOCK, **overlap(gate_up.device)
+    )
     return output
 
 
@@ -149,4 +166,5 @@ def rotate_and_store(
         heads - 2 * kv_heads, kv_heads, cache.stride(0), qkv.stride(0), cache.stride(1), cache.stride(2),
         block_table.stride(0),
         HALF=half, HALF_PAD=triton.next_power_of_2(half), BLOCK_SIZE=cache.shape[2], HEADS=per_program,
+        **overlap(qkv.device),
     )  # fmt: skip
