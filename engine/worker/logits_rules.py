@@ -44,15 +44,17 @@ class TokenRules:
         self._batch = batch
         self._vocab_size = vocab_size
         self._by_slot: dict[int, _Rules] = {}
+        # On the device: a number from the host would be copied there by a call that waits for all work before it.
+        self._never = torch.tensor(float("-inf"), device=batch.device)
 
     def add(self, slot: Slot) -> bool:
         """Take over a request's rules; returns whether it has any."""
         request, params = slot.request, slot.request.params
         bias = params.logit_bias or {}
-        if not (bias or params.allowed_token_ids or params.min_tokens or request.bad_words):
-            return False
         known_eos = [token for token in request.eos_token_ids if 0 <= token < self._vocab_size]
-        ends = {*params.stop_token_ids, *([] if params.ignore_eos else known_eos)}
+        ends = {*params.stop_token_ids, *([] if params.ignore_eos else known_eos)} if params.min_tokens else set()
+        if not (bias or params.allowed_token_ids or ends or request.bad_words):
+            return False
         self._by_slot[slot.index] = _Rules(
             allowed=None if params.allowed_token_ids is None else np.array(params.allowed_token_ids, np.int64),
             biased=np.array(list(bias), np.int64),
@@ -82,14 +84,14 @@ class TokenRules:
         if allowed:
             where = self._indices(allowed)
             kept = logits[where]
-            logits[self._batch.upload(np.array([row for row, _ in allowed]))] = float("-inf")
+            logits.index_fill_(0, self._batch.upload(np.array([row for row, _ in allowed])), float("-inf"))
             logits[where] = kept
         for row in rows.tolist():
             words = self._by_slot[int(slots[row])].bad_words
             if words is not None:
                 self._ban_words(logits[row], words, int(slots[row]), int(positions[row]), int(num_outputs[row]))
         if banned:
-            logits[self._indices(banned)] = float("-inf")
+            logits.index_put_(self._indices(banned), self._never)
         if sum(len(bias) for bias in biases):
             where = self._indices(biased)
             logits[where] += self._batch.upload(np.concatenate(biases))
