@@ -14,6 +14,7 @@ from engine.worker.pending import PendingStep
 from tests.conftest import MakeCheckpoint
 from tests.random_checkpoint import CheckpointSpec
 
+pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 LIMITS: dict[str, Any] = {"kv_cache_memory_bytes": 1 << 27, "max_num_seqs": 16}
 
 
@@ -23,8 +24,8 @@ def steps_may_not_wait(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     execute = ModelRunner.execute
 
     def guarded(self: ModelRunner, step: SchedulerOutput) -> PendingStep:
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             launched.append(len(step.requests))
             return execute(self, step)
         finally:
