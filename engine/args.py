@@ -73,7 +73,10 @@ class EngineArgs:
         None, "scheduler and cache", "sequences that run at once; default: 256 on a GPU, 64 on a CPU", kind=int
     )
     max_num_batched_tokens: int | None = _flag(
-        None, "scheduler and cache", "tokens of one step (default: 2048)", kind=int
+        None,
+        "scheduler and cache",
+        "tokens of one step (default: 2048); beside requests that generate 768 at most",
+        kind=int,
     )
     block_size: int = _flag(16, "scheduler and cache", "tokens of one cache block", kind=int)
     gpu_memory_utilization: float = _flag(

@@ -70,6 +70,7 @@ class EngineConfig:
     vision: VisionConfig | None
     max_num_seqs: int
     max_num_batched_tokens: int
+    """Of a step that computes prompts only."""
     block_size: int
     gpu_memory_utilization: float
     num_blocks: int | None
@@ -80,6 +81,9 @@ class EngineConfig:
     eos_token_ids: list[int]
     sampling_defaults: dict[str, Any] = field(default_factory=dict)
     """From the checkpoint's generation_config.json."""
+    max_mixed_tokens: int = 768
+    """Of a step in which requests generate beside it. On an H100 a 7B model's products take prompts at full speed from
+    here on; more would only make the others wait longer for their tokens."""
     enforce_eager: bool = False
     """Never capture CUDA graphs."""
     profile_dir: Path | None = None

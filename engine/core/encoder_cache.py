@@ -30,7 +30,7 @@ class EncoderCache:
         return new <= self.capacity - self._used + spare
 
     def put(self, image: ImageInput) -> None:
-        """Make room for an image that is about to be encoded; `hold` must follow."""
+        """Make room for an image that is about to be encoded; `hold` or `leave` must follow."""
         while self._used + image.num_tokens > self.capacity:
             digest, _ = self._unused.popitem(last=False)
             self._used -= self._sizes.pop(digest)
@@ -46,6 +46,10 @@ class EncoderCache:
             request.held_images.add(image.hash)
             self._references[image.hash] += 1
             self._unused.pop(image.hash, None)
+
+    def leave(self, image: ImageInput) -> None:
+        """Let an image that nobody holds yet stay until its space is wanted."""
+        self._unused[image.hash] = None
 
     def release(self, request: Request, *, computed: int | None = None) -> None:
         """Let go of all images but the one that `computed` tokens end within; of all without it.

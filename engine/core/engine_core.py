@@ -8,7 +8,7 @@ from engine.core.encoder_cache import EncoderCache
 from engine.core.kv_cache import KVCache
 from engine.core.profiler import StepProfiler
 from engine.core.request import Request
-from engine.core.scheduler import Scheduler
+from engine.core.scheduler import IMAGES_AT_ONCE, Scheduler
 from engine.messages import EngineOutput, EngineOutputs, EngineRequest, SchedulerStats
 from engine.models.rotary import long_context_start
 from engine.step import SchedulerOutput
@@ -32,7 +32,8 @@ class EngineCore:
             EncoderCache(config.encoder_cache_tokens),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            encoder_budget=max(config.max_num_batched_tokens, feature_size),
+            max_mixed_tokens=config.max_mixed_tokens,
+            encoder_budget=max(config.max_num_batched_tokens, IMAGES_AT_ONCE * feature_size),
         )
         self._long_rope_start = long_context_start(config.text_config)
         self._depth = config.pipeline_depth

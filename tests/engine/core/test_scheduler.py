@@ -179,12 +179,14 @@ class Engine:
         encoder_budget: int = 8,
         max_num_seqs: int = 4,
         max_num_batched_tokens: int = 16,
+        max_mixed_tokens: int | None = None,
     ) -> None:
         self.scheduler = Scheduler(
             KVCache(num_blocks, block_size, enable_prefix_caching=prefix_caching),
             EncoderCache(encoder_capacity),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            max_mixed_tokens=max_mixed_tokens,
             encoder_budget=encoder_budget,
         )
         self.worker = FakeWorker(self.scheduler)
@@ -329,6 +331,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         encoder_budget=st.integers(3, 9),
         max_num_seqs=st.integers(1, 4),
         max_num_batched_tokens=st.integers(1, 12),
+        max_mixed_tokens=st.sampled_from([None, 1, 3, 6]),
         depth=st.sampled_from([1, 2, 2, 3]),
     )
     def start(self, depth: int, **sizes: Any) -> None:
@@ -737,3 +740,43 @@ def test_integrity_check_sees_damage(spoil: Check) -> None:
     spoil(engine)
     with pytest.raises((AssertionError, KeyError)):
         engine.scheduler.check_integrity()
+
+
+def test_prompts_leave_room_for_those_that_generate() -> None:
+    """Alone, prompts fill a step; beside requests that generate, they get what is left of the smaller one."""
+    engine = Engine(num_blocks=64, max_num_batched_tokens=16, max_mixed_tokens=6)
+    engine.add(make("r1", [1] * 10))
+    assert engine.launch().num_tokens == 10
+    engine.take_in()
+    engine.add(make("r2", [2] * 20))
+    assert [part.num_tokens for part in engine.launch().requests] == [1, 5]
+    engine.run()
+
+
+def test_many_that_generate_leave_prompts_half_of_what_is_mixed() -> None:
+    engine = Engine(num_blocks=64, max_num_seqs=9, max_num_batched_tokens=16, max_mixed_tokens=6)
+    for number in range(8):
+        engine.add(make(f"r{number}", [number, 1]))
+    engine.launch()
+    engine.take_in()
+    engine.add(make("r8", [2] * 20))
+    assert [part.num_tokens for part in engine.launch().requests] == [1] * 8 + [3]
+    engine.run()
+
+
+def test_images_of_waiting_requests_are_encoded_together() -> None:
+    engine = Engine(num_blocks=64, max_num_batched_tokens=4, encoder_capacity=12, encoder_budget=12)
+    for number, image in enumerate((b"b", b"d", b"a", b"a", b"c")):
+        engine.add(make(f"r{number}", [1], image))
+    assert [image.hash for image in engine.launch().encode_images] == [b"b", b"d", b"a", b"c"]
+    engine.take_in()
+    assert not engine.launch().encode_images
+    engine.run()
+
+
+def test_what_a_step_encodes_ahead_drives_out_nothing_of_its_own() -> None:
+    engine = Engine(num_blocks=64, max_num_batched_tokens=4, encoder_capacity=6, encoder_budget=12)
+    for number, image in enumerate((b"b", b"d", b"a")):
+        engine.add(make(f"r{number}", [1], image))
+    assert [image.hash for image in engine.launch().encode_images] == [b"b", b"d"]
+    engine.run()
