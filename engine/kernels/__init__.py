@@ -34,6 +34,13 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return torch_ops.silu_mul(gate_up)
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """`x` times sigmoid(1.702 x), which CLIP takes for the Gaussian error linear unit (Hendrycks and Gimpel, 2016)."""
+    if x.is_cuda:
+        return gpu_ops.quick_gelu(x)
+    return torch_ops.quick_gelu(x)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x` (…, in) times the transpose of `weight` (out, in), and a bias (out)."""
     if x.is_cuda:

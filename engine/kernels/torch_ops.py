@@ -28,6 +28,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """See `engine.kernels.quick_gelu`."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `engine.kernels.linear`."""
     rows = x.numel() // x.shape[-1]

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.kernels.overlap import overlap, wait_for_inputs
 from engine.kernels.thin_linear import MOST_ROWS, plan, thin_linear
 
-_SILU_BLOCK = 1024
+_BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["eps"])  # type: ignore[untyped-decorator]
@@ -44,6 +44,17 @@ def _silu_mul(gate_up, output, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr)
     wide = gate.to(tl.float32)
     activated = (wide / (1 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
     tl.store(output + row * size + columns, (activated * up.to(tl.float32)).to(gate.dtype), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _quick_gelu(x, output, count, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program: some numbers."""
+    wait_for_inputs(OVERLAP)
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + places, mask=places < count, other=0.0)
+    scaled = (value.to(tl.float32) * 1.702).to(value.dtype).to(tl.float32)
+    gate = (1 / (1 + tl.exp(-scaled))).to(value.dtype).to(tl.float32)
+    tl.store(output + places, (value.to(tl.float32) * gate).to(value.dtype), mask=places < count)
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_kv_heads"])  # type: ignore[untyped-decorator]
@@ -121,9 +132,17 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """See `engine.kernels.silu_mul`."""
     rows, both = gate_up.shape
     output = torch.empty(rows, both // 2, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul[(rows, triton.cdiv(both // 2, _SILU_BLOCK))](
-        gate_up, output, both // 2, BLOCK=_SILU_BLOCK, **overlap(gate_up.device)
+    _silu_mul[(rows, triton.cdiv(both // 2, _BLOCK))](
+        gate_up, output, both // 2, BLOCK=_BLOCK, **overlap(gate_up.device)
     )
+    return output
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """See `engine.kernels.quick_gelu`."""
+    x = x.contiguous()
+    output = torch.empty_like(x)
+    _quick_gelu[(triton.cdiv(x.numel(), _BLOCK),)](x, output, x.numel(), BLOCK=_BLOCK, **overlap(x.device))
     return output
 
 
@@ -132,7 +151,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     is_thin = x.ndim == 2 and x.shape[0] <= MOST_ROWS and x.is_contiguous() and weight.is_contiguous()
     if not is_thin or bias is not None or x.dtype == torch.float32:
         return F.linear(x, weight, bias)
-    return thin_linear(x, weight, plan(x.shape[0], *weight.shape))
+    return thin_linear(x, weight, plan(x.shape[0], x.shape[1]))
 
 
 def rotate_and_store(
