@@ -16,9 +16,6 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import httpx
-from PIL import Image
-
-from engine.image_decode import decode_image
 
 _MAX_URL_LENGTH = 8192
 _DECODED_AT_ONCE = 64 << 10
@@ -41,7 +38,6 @@ class MediaLimits:
     timeout_s: float = 5.0
     """Of one image's whole fetch: name lookup, redirects and body."""
     max_image_bytes: int = 20 << 20
-    max_image_pixels: int = 64_000_000
     max_redirects: int = 3
     allowed_local_path: Path | None = None
     """Folder below which `file:` URLs may read; None: nowhere."""
@@ -52,20 +48,12 @@ class MediaLimits:
 
 
 class MediaFetcher:
-    """Loads images from `http:`, `https:`, `data:` and `file:` URLs. Decoding and file access run in the executor."""
+    """Loads images from `http:`, `https:`, `data:` and `file:` URLs. Files are read in the executor."""
 
-    def __init__(
-        self,
-        limits: MediaLimits,
-        executor: Executor,
-        *,
-        on_fetch: _Observer = None,
-        on_decode: _Observer = None,
-    ) -> None:
+    def __init__(self, limits: MediaLimits, executor: Executor, *, on_fetch: _Observer = None) -> None:
         self._limits = limits
         self._executor = executor
         self._on_fetch = on_fetch
-        self._on_decode = on_decode
         self._slots = asyncio.Semaphore(limits.max_concurrent_fetches)
         # No proxy or password from the environment, no cookie from one site or client to the next.
         self._client = httpx.AsyncClient(
@@ -80,20 +68,6 @@ class MediaFetcher:
     async def aclose(self) -> None:
         """Close connections."""
         await self._client.aclose()
-
-    async def load(self, url: str) -> Image.Image:
-        """Fetch and decode an image to upright RGB.
-
-        Raises:
-            MediaError: it cannot be had.
-            ImageError: it cannot be decoded.
-        """
-        data = await self.fetch(url)
-        started = time.monotonic()
-        loop = asyncio.get_running_loop()
-        image = await loop.run_in_executor(self._executor, self._decode, data)
-        _observe(self._on_decode, started)
-        return image
 
     async def fetch(self, url: str) -> bytes:
         """The encoded image that a URL names.
@@ -121,9 +95,6 @@ class MediaFetcher:
                 raise MediaError(f"the image could not be fetched within {self._limits.timeout_s:g} s") from None
         _observe(self._on_fetch, started)
         return data
-
-    def _decode(self, data: bytes) -> Image.Image:
-        return decode_image(data, max_pixels=self._limits.max_image_pixels)
 
     async def _in_thread(self, function: Callable[[str], bytes], argument: str) -> bytes:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, argument)

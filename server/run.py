@@ -24,6 +24,7 @@ from engine.log import configure_logging
 from engine.spawn import EngineProcess
 from server.app import create_app
 from server.args import ServerArgs, fail
+from server.images import ImagePreparer
 from server.media import MediaFetcher, MediaLimits
 from server.metrics import Metrics
 from server.state import ServerState
@@ -98,7 +99,6 @@ def _state(engine: AsyncEngine, args: ServerArgs) -> ServerState:
     limits = MediaLimits(
         timeout_s=fetch_timeout(),
         max_image_bytes=args.max_image_bytes,
-        max_image_pixels=args.max_image_pixels,
         max_redirects=args.max_redirects,
         allowed_local_path=None if args.allowed_local_media_path is None else Path(args.allowed_local_media_path),
         allowed_domains=tuple(args.allowed_media_domains),
@@ -108,7 +108,13 @@ def _state(engine: AsyncEngine, args: ServerArgs) -> ServerState:
         engine=engine,
         args=args,
         template=ChatTemplate(tokenizer, source, engine.inputs.image_token),
-        media=MediaFetcher(limits, image_pool, on_fetch=metrics.image_fetched, on_decode=metrics.image_decoded),
+        media=MediaFetcher(limits, image_pool, on_fetch=metrics.image_fetched),
+        images=ImagePreparer(
+            engine.inputs.prepare_image,
+            image_pool,
+            max_pixels=args.max_image_pixels,
+            on_decode=metrics.image_decoded,
+        ),
         metrics=metrics,
         text_pool=ThreadPoolExecutor(2, thread_name_prefix="text"),
         image_pool=image_pool,

@@ -18,6 +18,7 @@ from engine.config import EngineConfig
 from engine.input_processor import InputProcessor, PreparedImage
 from server.args import ServerArgs
 from server.errors import ApiError
+from server.images import ImagePreparer
 from server.media import MediaFetcher
 from server.metrics import Metrics
 from server.version import program_version
@@ -43,6 +44,7 @@ class ServerState:
     args: ServerArgs
     template: ChatTemplate
     media: MediaFetcher
+    images: ImagePreparer
     metrics: Metrics
     text_pool: ThreadPoolExecutor
     """For tokenizers and templates."""
@@ -109,11 +111,9 @@ class ServerState:
         self.inputs.check_image_count(len(urls))
         if self.config.vision is not None and self.config.vision.processor is None:
             raise ValueError("the server runs with --disable-image-processor: it cannot prepare images")
-        loop = asyncio.get_running_loop()
 
         async def load(url: str) -> PreparedImage:
-            image = await self.media.load(url)
-            return await loop.run_in_executor(self.image_pool, self.inputs.prepare_image, image)
+            return await self.images.prepare(await self.media.fetch(url))
 
         try:
             async with asyncio.TaskGroup() as group:

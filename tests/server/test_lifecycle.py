@@ -127,7 +127,7 @@ def test_metrics(server: Server, photo_files: list[Path]) -> None:
     for name in ("queue", "prefill", "decode"):
         assert moved[f"request_{name}_time_seconds_count"] == 5
     assert moved["prefix_cache_queries_total"] >= moved["prefix_cache_hits_total"] > 0
-    assert moved["image_decode_seconds_count"] == 4
+    assert moved["image_decode_seconds_count"] == 1  # it is the same picture every time
     assert moved["image_encoder_images_total"] == 1  # the other three came from the caches
     assert moved["image_encoder_seconds_total"] > 0 and moved["inter_token_latency_seconds_count"] > 0
     text = server.get("/metrics")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from PIL import Image
 
 from server.media import MediaError, MediaFetcher, MediaLimits, is_public
 
@@ -234,14 +233,3 @@ async def test_local_files(fetch: Fetch, tmp_path: Path) -> None:
     assert str(tmp_path) not in messages.pop()
     await refused(fetch(f"file://{inside}/a%20picture.png"), "--allowed-local-media-path")
     await refused(fetch(f"file://{inside}/a%20picture.png", allowed_local_path=inside, max_image_bytes=3), "3 bytes")
-
-
-async def test_load_decodes_and_observes(photo_files: list[Path]) -> None:
-    observed: list[float] = []
-    with ThreadPoolExecutor(1) as pool:
-        fetcher = MediaFetcher(MediaLimits(allowed_local_path=photo_files[0].parent), pool, on_decode=observed.append)
-        image = await fetcher.load(f"file://{photo_files[0]}")
-        await fetcher.aclose()
-    assert isinstance(image, Image.Image)
-    assert (image.mode, image.size) == ("RGB", (640, 427))
-    assert len(observed) == 1

@@ -1,0 +1,78 @@
+"""From encoded images to what the engine takes, off the event loop. Images that came before need no decoding."""
+
+import asyncio
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+from PIL import Image
+
+from engine.image_decode import decode_image
+from engine.input_processor import PreparedImage
+
+_REMEMBERED_BYTES = 128 << 20
+"""Of prepared images; some 400 of them of 336 x 336 pixels."""
+
+
+class ImagePreparer:
+    """Decodes and prepares images, and remembers the newest by the hash of their files.
+
+    Args:
+        prepare: from a decoded image to a prepared one; called in several threads at a time.
+        executor: where the work is done.
+        max_pixels: of an image.
+        on_decode: told how many seconds each decoding took.
+        remembered_bytes: of prepared images that are remembered.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[[Image.Image], PreparedImage],
+        executor: Executor,
+        *,
+        max_pixels: int,
+        on_decode: Callable[[float], None],
+        remembered_bytes: int = _REMEMBERED_BYTES,
+    ) -> None:
+        self._prepare = prepare
+        self._executor = executor
+        self._max_pixels = max_pixels
+        self._on_decode = on_decode
+        self._capacity = self._room = remembered_bytes
+        self._remembered: OrderedDict[bytes, PreparedImage] = OrderedDict()
+        self._lock = threading.Lock()
+
+    async def prepare(self, data: bytes) -> PreparedImage:
+        """Prepare an encoded image.
+
+        Raises:
+            ImageError: it cannot be decoded.
+            ValueError: it cannot be prepared.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._work, data)
+
+    def _work(self, data: bytes) -> PreparedImage:
+        digest = hashlib.sha256(data).digest()
+        with self._lock:
+            if digest in self._remembered:
+                self._remembered.move_to_end(digest)
+                return self._remembered[digest]
+        started = time.monotonic()
+        image = decode_image(data, max_pixels=self._max_pixels)
+        self._on_decode(time.monotonic() - started)
+        prepared = self._prepare(image)
+        with self._lock:
+            self._remember(digest, prepared)
+        return prepared
+
+    def _remember(self, digest: bytes, prepared: PreparedImage) -> None:
+        if digest in self._remembered or len(prepared.data) > self._capacity:
+            return
+        self._remembered[digest] = prepared
+        self._room -= len(prepared.data)
+        while self._room < 0:
+            _, oldest = self._remembered.popitem(last=False)
+            self._room += len(oldest.data)

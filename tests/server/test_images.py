@@ -1,0 +1,68 @@
+"""Preparing images, and not doing it twice."""
+
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from engine.image_decode import ImageError
+from engine.input_processor import PreparedImage
+from server.images import ImagePreparer
+
+SIZE = 1000
+"""Bytes of each prepared image."""
+
+
+@pytest.fixture
+def executor() -> Iterator[Executor]:
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+class Preparer(ImagePreparer):
+    """Counts what is prepared."""
+
+    def __init__(self, executor: Executor, *, remembered: int) -> None:
+        self.seen: list[tuple[int, int]] = []
+        self.times: list[float] = []
+        super().__init__(
+            self._count, executor, max_pixels=10**6, on_decode=self.times.append, remembered_bytes=remembered * SIZE
+        )
+
+    def _count(self, image: Image.Image) -> PreparedImage:
+        self.seen.append(image.size)
+        return PreparedImage(b"hash", bytes([image.width % 256]) * SIZE, (SIZE,), "pixels")
+
+
+def encoded(tmp_path: Path, width: int) -> bytes:
+    path = tmp_path / f"{width}.png"
+    Image.new("RGB", (width, 10)).save(path)
+    return path.read_bytes()
+
+
+async def test_images_that_came_before_are_not_decoded_again(tmp_path: Path, executor: Executor) -> None:
+    preparer = Preparer(executor, remembered=2)
+    one, two, three = (encoded(tmp_path, width) for width in (1, 2, 3))
+    for data, width in ((one, 1), (two, 2), (one, 1), (three, 3), (one, 1), (two, 2)):
+        assert (await preparer.prepare(data)).data == bytes([width]) * SIZE
+    # The third drove out the second, which had not been wanted for longest.
+    assert preparer.seen == [(1, 10), (2, 10), (3, 10), (2, 10)]
+    assert len(preparer.times) == 4
+
+
+async def test_what_is_too_large_is_not_remembered(tmp_path: Path, executor: Executor) -> None:
+    preparer = Preparer(executor, remembered=0)
+    for _ in range(2):
+        await preparer.prepare(encoded(tmp_path, 1))
+    assert len(preparer.seen) == 2
+
+
+async def test_failures_are_not_remembered(executor: Executor) -> None:
+    preparer = Preparer(executor, remembered=2)
+    for _ in range(2):
+        with pytest.raises(ImageError):
+            await preparer.prepare(b"no image")
+    assert not preparer.seen
+    assert not preparer.times
