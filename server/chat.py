@@ -45,7 +45,7 @@ async def _start(state: ServerState, body: ChatCompletionRequest, arrived: float
         params = body.params(state.config.sampling_defaults)
     with state.engine.admission(params.n):
         prompt = await chat_prompt(state, body)
-        bad_words = await state.in_text_pool(state.inputs.bad_words, params)
+        bad_words = await state.bad_words(params)
         name = f"chatcmpl-{uuid4().hex}"
         with _max_tokens_as_given(body):
             stream = state.engine.generate(

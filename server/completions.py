@@ -49,7 +49,7 @@ async def _start(state: ServerState, body: CompletionRequest, arrived: float) ->
         prompts = await asyncio.gather(*(_prompt(state, body, prompt) for prompt in given))
         limits = [_limit(state, body, params, prompt) for prompt in prompts]
         params.check_vocab(state.config.vocab_size)
-        bad_words = await state.in_text_pool(state.inputs.bad_words, params)
+        bad_words = await state.bad_words(params)
         name = f"cmpl-{uuid4().hex}"
         streams = [
             state.engine.generate(

@@ -16,6 +16,7 @@ from engine.chat_template import ChatTemplate
 from engine.client import AsyncEngine
 from engine.config import EngineConfig
 from engine.input_processor import InputProcessor, PreparedImage
+from engine.sampling_params import SamplingParams
 from server.args import ServerArgs
 from server.errors import ApiError
 from server.images import ImagePreparer
@@ -103,6 +104,10 @@ class ServerState:
     async def in_text_pool(self, function: Callable[..., Result], *args: Any) -> Result:
         """Run tokenizer or template work off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.text_pool, function, *args)
+
+    async def bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """Token ids of the bad words, if there are any."""
+        return await self.in_text_pool(self.inputs.bad_words, params) if params.bad_words else []
 
     async def load_images(self, urls: list[str]) -> list[PreparedImage]:
         """Fetch, decode and prepare images, all at once; the first failure ends the others."""
