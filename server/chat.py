@@ -30,14 +30,14 @@ async def create_chat_completion(request: Request) -> Response:
     body = await read_body(request, ChatCompletionRequest)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(state.open_request())
-        chat = await unless_client_goes(request, _start(state, body, arrived))
+        chat = await unless_client_goes(request, start_chat(state, body, arrived))
         stack.callback(chat.abort)
         if not body.stream:
             return JSONResponse(await unless_client_goes(request, chat.whole()))
         return EventStream(chat.events(), stack.pop_all())
 
 
-async def _start(state: ServerState, body: ChatCompletionRequest, arrived: float) -> "_Chat":
+async def start_chat(state: ServerState, body: ChatCompletionRequest, arrived: float) -> "Chat":
     """Check the request, make its prompt and hand it to the engine."""
     model = state.check_model(body.model)
     body.check_served()
@@ -58,7 +58,7 @@ async def _start(state: ServerState, body: ChatCompletionRequest, arrived: float
                 request_id=name,
             )
     state.metrics.prompt(len(prompt.token_ids))
-    return _Chat(state, body, prompt, stream, name, model)
+    return Chat(state, body, prompt, stream, name, model)
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def _max_tokens_as_given(body: ChatCompletionRequest) -> Iterator[None]:
         raise ValueError(str(error).replace("max_tokens", "max_completion_tokens")) from error
 
 
-class _Chat:
+class Chat:
     """One conversation's answers on their way to the client."""
 
     def __init__(
@@ -88,24 +88,31 @@ class _Chat:
         self._body = body
         self._prompt = prompt
         self._stream = stream
-        self._usage = Usage.of([prompt])
+        self.usage = Usage.of([prompt])
+        self.model = model
         self._head = {"id": name, "created": int(time.time()), "model": model, "system_fingerprint": state.fingerprint}
 
     def abort(self) -> None:
         """Stop what still runs."""
         abort(self._state, [self._stream])
 
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """What comes new of any answer, counted in `usage`."""
+        async with aclosing(run(self._state, [self._stream])) as deltas:
+            async for _, delta in deltas:
+                self.usage.add(0, delta)
+                yield delta
+
     async def whole(self) -> dict[str, Any]:
         """The response in one piece."""
         answers = [Answer() for _ in range(self._body.n or 1)]
         prompt_logprobs: list[TokenLogprobs | None] | None = None
-        async with aclosing(run(self._state, [self._stream])) as deltas:
-            async for _, delta in deltas:
+        async with aclosing(self.deltas()) as deltas:
+            async for delta in deltas:
                 answers[delta.index].add(delta)
-                self._usage.add(0, delta)
                 prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
-        response = {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage.json()}
+        response = {**self._head, "object": "chat.completion", "choices": choices, "usage": self.usage.json()}
         if self._body.prompt_logprobs is not None:
             response["prompt_logprobs"] = prompt_logprobs_json(prompt_logprobs)
         if self._body.return_token_ids:
@@ -115,9 +122,8 @@ class _Chat:
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a stream."""
         begun: set[int] = set()
-        async with aclosing(run(self._state, [self._stream])) as deltas:
-            async for _, delta in deltas:
-                self._usage.add(0, delta)
+        async with aclosing(self.deltas()) as deltas:
+            async for delta in deltas:
                 if delta.index not in begun:
                     first = not begun
                     begun.add(delta.index)
@@ -125,7 +131,7 @@ class _Chat:
                 if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
                     yield self._delta_chunk(delta)
         if self._body.include_usage:
-            yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage.json()}
+            yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self.usage.json()}
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
         message = {"role": self._state.args.response_role, "content": "".join(answer.text), "refusal": None}
@@ -157,7 +163,7 @@ class _Chat:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         chunk: dict[str, Any] = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
         if self._body.include_usage:
-            chunk["usage"] = self._usage.json() if self._body.continuous_usage else None
+            chunk["usage"] = self.usage.json() if self._body.continuous_usage else None
         if first and self._body.return_token_ids:
             chunk["prompt_token_ids"] = self._prompt.token_ids
         return chunk
