@@ -30,7 +30,7 @@ class EncoderCache:
         return new <= self.capacity - self._used + spare
 
     def put(self, image: ImageInput) -> None:
-        """Make room for an image that is about to be encoded; `hold` or `leave` must follow."""
+        """Make room for an image that is about to be encoded; `hold` or `spare` must follow."""
         while self._used + image.num_tokens > self.capacity:
             digest, _ = self._unused.popitem(last=False)
             self._used -= self._sizes.pop(digest)
@@ -47,9 +47,11 @@ class EncoderCache:
             self._references[image.hash] += 1
             self._unused.pop(image.hash, None)
 
-    def leave(self, image: ImageInput) -> None:
-        """Let an image that nobody holds yet stay until its space is wanted."""
-        self._unused[image.hash] = None
+    def spare(self, image: ImageInput) -> None:
+        """Let an image stay longest of all those that nobody holds."""
+        if self._references[image.hash] == 0:
+            self._unused[image.hash] = None
+            self._unused.move_to_end(image.hash)
 
     def release(self, request: Request, *, computed: int | None = None) -> None:
         """Let go of all images but the one that `computed` tokens end within; of all without it.

@@ -42,7 +42,7 @@ class Scheduler:
         self.max_mixed_tokens = max_mixed_tokens or max_num_batched_tokens
         """Tokens of a step in which requests generate: each of these waits for the whole step."""
         self.encoder_budget = encoder_budget
-        """Image tokens that one step may encode; at least one image's."""
+        """Image tokens that one step may encode; at least those of one image."""
         self.num_preemptions = 0
         self._clock = clock
         self._requests: dict[str, Request] = {}
@@ -87,7 +87,8 @@ class Scheduler:
         for request in self._running:
             self.encoder_cache.release(request, computed=request.num_computed_tokens)
         step = SchedulerOutput()
-        budget = _Budget(self._most_tokens(), self.encoder_budget)
+        generating = sum(request.num_output_tokens > 0 for request in self._running)
+        budget = _Budget(self._most_tokens(generating), self.encoder_budget, reserved=generating)
         preempted = self._schedule_running(step, budget)
         if not preempted:
             self._schedule_waiting(step, budget)
@@ -147,13 +148,11 @@ class Scheduler:
         self.kv_cache.check_integrity(self._running)
         self.encoder_cache.check_integrity(self._running)
 
-    def _most_tokens(self) -> int:
+    def _most_tokens(self, generating: int) -> int:
         """Of the next step: however many requests generate, half of what is allowed beside them is for prompts."""
-        generating = sum(request.num_output_tokens > 0 for request in self._running)
         if not generating:
             return self.max_num_batched_tokens
-        mixed = max(self.max_mixed_tokens, generating + self.max_mixed_tokens // 2)
-        return min(self.max_num_batched_tokens, mixed)
+        return min(self.max_num_batched_tokens, max(self.max_mixed_tokens, generating + self.max_mixed_tokens // 2))
 
     def _schedule_running(self, step: SchedulerOutput, budget: "_Budget") -> bool:
         """Returns whether a request had to be preempted."""
@@ -162,6 +161,7 @@ class Scheduler:
         while index < len(self._running) and budget.tokens > 0:
             request = self._running[index]
             index += 1
+            budget.reserved -= request.num_output_tokens > 0
             count = self._count(request, budget)
             if count == 0:
                 continue
@@ -215,7 +215,7 @@ class Scheduler:
         if request.num_output_tokens >= request.source.max_tokens:
             return 0  # its last token is in flight
         start = request.num_computed_tokens
-        end = min(request.num_tokens, start + budget.tokens)
+        end = min(request.num_tokens, start + max(0, budget.tokens - budget.reserved))
         encoder_tokens = budget.encoder_tokens
         images: list[ImageInput] = []
         for image in request.images_in(start, end):
@@ -252,18 +252,28 @@ class Scheduler:
 
     def _encode_ahead(self, step: SchedulerOutput, budget: "_Budget") -> None:
         """Have images of waiting requests encoded along with those that this step needs, where there is room."""
+        kept = {image.hash: image for image in step.encode_images}
         for request in self._waiting[:IMAGES_AT_ONCE]:
+            cached = len(self.kv_cache.find_prefix(request)) * self.kv_cache.block_size
             for image in request.source.images:
-                if self.encoder_cache.has(image):
+                if image.end <= cached:
                     continue
-                budget.encoder_tokens -= image.num_tokens
-                together = [image, *step.encode_images]
-                fits = budget.encoder_tokens >= 0 and self.encoder_cache.fits(together)
-                if not fits or len(together) > IMAGES_AT_ONCE:
+                is_new = not self.encoder_cache.has(image)
+                budget.encoder_tokens -= is_new * image.num_tokens
+                kept[image.hash] = image
+                if budget.encoder_tokens < 0 or not self._may_keep(list(kept.values())):
                     return
-                self.encoder_cache.put(image)
-                self.encoder_cache.leave(image)
-                step.encode_images.append(image)
+                if is_new:
+                    self.encoder_cache.put(image)
+                    step.encode_images.append(image)
+                self.encoder_cache.spare(image)
+
+    def _may_keep(self, images: list[ImageInput]) -> bool:
+        """Whether so many images may be encoded together. Half of the cache is left alone, lest what is encoded for
+        one step drive out what another one will need.
+        """
+        crowded = 2 * sum(image.num_tokens for image in images) > self.encoder_cache.capacity
+        return len(images) <= IMAGES_AT_ONCE and not crowded and self.encoder_cache.fits(images)
 
     def _take_token(self, request: Request, result: ModelRunnerOutput) -> EngineOutput:
         token = result.sampled[request.id]
@@ -310,11 +320,13 @@ class Scheduler:
 class _Budget:
     """What a step may still take on."""
 
-    __slots__ = ("encoder_tokens", "tokens")
+    __slots__ = ("encoder_tokens", "reserved", "tokens")
 
-    def __init__(self, tokens: int, encoder_tokens: int) -> None:
+    def __init__(self, tokens: int, encoder_tokens: int, reserved: int) -> None:
         self.tokens = tokens
         self.encoder_tokens = encoder_tokens
+        self.reserved = reserved
+        """Tokens for the requests that generate and have not been looked at yet: no prompt takes these."""
 
 
 def _order(request: Request) -> tuple[int, float, str]:

@@ -87,7 +87,7 @@ class InputBatch:
         self.padding_slot = num_slots
         self.token_table = torch.zeros(num_slots + 1, max_len + 1, dtype=torch.int32, device=device)
         self.block_table = torch.zeros(num_slots + 1, max_blocks, dtype=torch.int32, device=device)
-        self._finds_shared = finds_shared
+        self.finds_shared = finds_shared
         self._host_blocks = np.zeros((num_slots + 1, max_blocks), np.int32)
         self.slots: dict[str, Slot] = {}
         self._free = list(range(num_slots))[::-1]
@@ -213,9 +213,9 @@ class InputBatch:
 
     def _share(self, parts: list[ScheduledRequest], slots: list[Slot]) -> tuple[int, int, int]:
         """Put the requests with one token that share a beginning in front; returns `StepLayout.shared`."""
-        count = sum(part.num_tokens == 1 for part in parts)
-        if not self._finds_shared:
+        if not self.finds_shared:
             return 0, 0, 0
+        count = sum(part.num_tokens == 1 for part in parts)
         rows = np.array([slot.index for slot in slots[:count]], np.int64)
         lengths = np.array([part.start + 1 for part in parts[:count]], np.int64)
         found = find_shared_prefix(self._host_blocks[rows], lengths, self.block_size)

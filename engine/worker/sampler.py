@@ -12,8 +12,8 @@ from engine.worker.input_batch import InputBatch, Slot
 from engine.worker.logits_rules import TokenRules
 from engine.worker.random_noise import gumbel_noise, noise_keys
 
-_SORTED_ROWS = 64
-"""Rows of logits that are sorted or given noise at once: more would take memory that the cache could use."""
+_SOME_ROWS = 64
+"""Rows of logits that are sorted, penalized or given noise at once: more would take memory from the cache."""
 
 _Floats = npt.NDArray[np.float32]
 _Ints = npt.NDArray[np.int64]
@@ -96,12 +96,12 @@ class Sampler:
         if len(ruled):
             self._rules.apply(logits, ruled, slots, positions, num_outputs)
         penalized = np.flatnonzero(self._penalized[slots])
-        if len(penalized):
-            self._penalize(logits, penalized, slots)
+        for first in range(0, len(penalized), _SOME_ROWS):
+            self._penalize(logits, penalized[first : first + _SOME_ROWS], slots)
         tokens = logits.argmax(-1)
         random = np.flatnonzero(~self._greedy[slots])
-        for first in range(0, len(random), _SORTED_ROWS):
-            some = random[first : first + _SORTED_ROWS]
+        for first in range(0, len(random), _SOME_ROWS):
+            some = random[first : first + _SOME_ROWS]
             rows = self._batch.upload(some)
             tokens[rows] = self._sample_randomly(logits[rows], slots[some], positions[some])
         if len(penalized):
@@ -126,12 +126,8 @@ class Sampler:
     def _penalize(self, logits: Tensor, rows: _Ints, slots: _Ints) -> None:
         assert self._in_prompt is not None and self._output_counts is not None
         where, of = self._batch.upload(rows), self._batch.upload(slots[rows])
-        repetition, presence, frequency = (self._column(c) for c in self._penalties[slots[rows]].T)
-        scores, counts = logits[where], self._output_counts[of]
-        seen = self._in_prompt[of] | (counts > 0)
-        repeated = torch.where(scores > 0, scores / repetition, scores * repetition)
-        scores = torch.where(seen, repeated, scores)
-        logits[where] = scores - frequency * counts - presence * (counts > 0)
+        penalties = [self._column(c) for c in self._penalties[slots[rows]].T]
+        logits[where] = penalize(logits[where], self._in_prompt[of], self._output_counts[of], *penalties)
 
     def _count(self, tokens: Tensor, rows: _Ints, slots: _Ints) -> None:
         assert self._output_counts is not None
@@ -155,6 +151,15 @@ class Sampler:
         return self._batch.upload(values.astype(np.float32)).unsqueeze(1)
 
 
+def penalize(
+    logits: Tensor, in_prompt: Tensor, counts: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
+) -> Tensor:
+    """Logits (rows, vocabulary) less the penalties (rows, 1) of what the prompt has or was generated `counts` times."""
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(in_prompt | (counts > 0), repeated, logits)
+    return logits - frequency * counts - presence * (counts > 0)
+
+
 def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Set all but the likeliest to -inf: the first `top_k` (rows, 1), and of those the fewest whose probabilities sum
     to `top_p` (rows, 1) or more.
@@ -170,7 +175,7 @@ def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
 
 def gather_logprobs(logits: Tensor, taken: Tensor, count: int) -> Logprobs:
     """Log probabilities of the taken tokens (rows) and of the `count` best, from raw logits (rows, vocabulary)."""
-    pairs = zip(logits.split(_SORTED_ROWS), taken.split(_SORTED_ROWS), strict=True)
+    pairs = zip(logits.split(_SOME_ROWS), taken.split(_SOME_ROWS), strict=True)
     parts = [_gather_logprobs(some, tokens, count) for some, tokens in pairs]
     return Logprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
@@ -186,9 +191,13 @@ def _gather_logprobs(logits: Tensor, taken: Tensor, count: int) -> tuple[Tensor,
 
 def profile_sampling(logits: Tensor) -> None:
     """Run what takes the most memory beside the logits (rows, vocabulary)."""
-    rows = min(len(logits), _SORTED_ROWS)
+    rows = min(len(logits), _SOME_ROWS)
     indices = torch.arange(rows, device=logits.device)
-    gather_logprobs(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device), 1)
+    raw = logits.clone()  # kept for the log probabilities while the logits are changed
+    gather_logprobs(raw, torch.zeros(len(logits), dtype=torch.int64, device=logits.device), 1)
+    penalize(
+        logits[:rows].clone(), logits[:rows] > 0, logits[:rows].int(), *torch.ones(3, rows, 1, device=logits.device)
+    )
     keep_top(logits[:rows], indices.unsqueeze(1) + 1, torch.ones(rows, 1, device=logits.device))
     gumbel_noise(indices, logits.shape[1])
 

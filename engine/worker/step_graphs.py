@@ -43,7 +43,8 @@ class StepGraphs:
     ) -> None:
         self._forward = forward
         self._batch = batch
-        most = min(max_tokens, _MOST_TOKENS)
+        sizes = step_sizes(max_tokens)
+        most = sizes[-1]
         device = batch.device
         self._max_requests = max_requests
         self._hidden = torch.zeros(most, hidden_size, dtype=dtype, device=device)
@@ -52,7 +53,7 @@ class StepGraphs:
         max_tiles = most // tile_tokens + max_requests
         self._cut = torch.zeros(5 + 4 * max_requests + 2 * max_tiles, dtype=torch.int32, device=device)
         padding = torch.tensor([batch.padding_slot, 0, 0], dtype=torch.int32, device=device)
-        self._graphed = GraphedFunction(self._run, padding.repeat(most, 1), step_sizes(most))
+        self._graphed = GraphedFunction(self._run, padding.repeat(most, 1), sizes)
 
     def capture(self, pool: Any) -> None:
         """Capture every size."""
@@ -63,12 +64,12 @@ class StepGraphs:
         return self._graphed.padded_size(len(layout.tokens))
 
     def __call__(self, layout: StepLayout, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """States (T, hidden) of a step's embeddings (T, hidden); they last until the next call.
+        """States (padded size, hidden) of embeddings of that shape; they last until the next call.
 
         Args:
             layout: of the step.
             tokens: (padded size, 3) its tokens and padding, on the device.
-            hidden: its embeddings.
+            hidden: their embeddings.
         """
         prefills, tiles = self._batch.cut(layout)
         packed = np.zeros(self._cut.shape[0], np.int32)
@@ -78,8 +79,7 @@ class StepGraphs:
         to_tiles[:, : tiles.shape[1]] = tiles
         self._cut.copy_(self._batch.upload(packed), non_blocking=True)
         self._hidden[: len(hidden)] = hidden
-        states: Tensor = self._graphed(tokens)
-        return states[: len(hidden)]
+        return self._graphed(tokens)  # type: ignore[no-any-return]
 
     def _split(self, packed: Any) -> Any:
         """Counts (2), shared (3), prefills (4, requests) and tiles (2, tiles) of the packed array or tensor."""
@@ -102,13 +102,14 @@ class StepGraphs:
             prefills=prefills,
             tiles=tiles,
             counts=counts,
-            shared=shared,
+            shared=shared if self._batch.finds_shared else None,
         )
         # To a place that all sizes share: what a graph returns keeps its memory for ever.
         return self._states[:size].copy_(self._forward(self._hidden[:size], metadata))
 
 
-def step_sizes(most: int) -> list[int]:
+def step_sizes(max_tokens: int) -> list[int]:
     """Numbers of tokens to capture: multiples of what a matrix product rounds up to anyway."""
+    most = min(max_tokens, _MOST_TOKENS)
     sizes = [16, 32, 64, *range(128, 1024, 128), *range(1024, most, 256)]
     return [size for size in sizes if size < most] + [most]

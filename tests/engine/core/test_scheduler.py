@@ -764,8 +764,22 @@ def test_many_that_generate_leave_prompts_half_of_what_is_mixed() -> None:
     engine.run()
 
 
+def test_a_prompt_takes_no_tokens_from_those_that_generate() -> None:
+    engine = Engine(num_blocks=64, max_num_batched_tokens=16, max_mixed_tokens=6)
+    for number in (1, 2, 3):
+        engine.add(make(f"r{number}", [number, 1]))
+    engine.launch()
+    engine.take_in()
+    engine.add(make("r4", [2] * 20, priority=-1))
+    for _ in range(3):
+        parts = {part.request_id: part.num_tokens for part in engine.launch().requests}
+        assert parts == {"r4": 3, "r1": 1, "r2": 1, "r3": 1}
+        engine.take_in()
+    engine.run()
+
+
 def test_images_of_waiting_requests_are_encoded_together() -> None:
-    engine = Engine(num_blocks=64, max_num_batched_tokens=4, encoder_capacity=12, encoder_budget=12)
+    engine = Engine(num_blocks=64, max_num_batched_tokens=4, encoder_capacity=24, encoder_budget=12)
     for number, image in enumerate((b"b", b"d", b"a", b"a", b"c")):
         engine.add(make(f"r{number}", [1], image))
     assert [image.hash for image in engine.launch().encode_images] == [b"b", b"d", b"a", b"c"]
@@ -774,9 +788,41 @@ def test_images_of_waiting_requests_are_encoded_together() -> None:
     engine.run()
 
 
-def test_what_a_step_encodes_ahead_drives_out_nothing_of_its_own() -> None:
-    engine = Engine(num_blocks=64, max_num_batched_tokens=4, encoder_capacity=6, encoder_budget=12)
+def test_images_ahead_take_half_of_the_cache() -> None:
+    engine = Engine(num_blocks=64, max_num_batched_tokens=4, encoder_capacity=14, encoder_budget=12)
     for number, image in enumerate((b"b", b"d", b"a")):
         engine.add(make(f"r{number}", [1], image))
     assert [image.hash for image in engine.launch().encode_images] == [b"b", b"d"]
     engine.run()
+
+
+def test_no_image_is_encoded_ahead_whose_keys_and_values_are_cached() -> None:
+    engine = Engine(num_blocks=64, max_num_batched_tokens=8, encoder_capacity=24, encoder_budget=24)
+    engine.add(make("r0", [1], b"a", [2, 3, 4, 5, 6]))
+    engine.run()
+    engine.scheduler.encoder_cache.clear()
+    engine.add(make("r1", [1], b"b", [1] * 6))
+    engine.add(make("r2", [1], b"a", [2, 3, 4, 5, 6], max_tokens=3))
+    assert [image.hash for image in engine.launch().encode_images] == [b"b"]
+    engine.run()
+
+
+def test_images_encoded_ahead_are_still_there_when_their_turn_comes() -> None:
+    """Requests wait for a place beside one that brings many images of its own."""
+    names = [bytes([65 + i]) for i in range(13)]
+    engine = Engine(num_blocks=64, max_num_seqs=1, max_num_batched_tokens=4, encoder_capacity=24, encoder_budget=12)
+
+    def add(name: str, images: list[bytes]) -> None:
+        placed = [ImageInput(image, 1 + 3 * i, 3, b"", (), "pixels") for i, image in enumerate(images)]
+        tokens = [1] + [IMAGE_TOKEN] * 3 * len(images)
+        engine.add(EngineRequest(name, tokens, SamplingParams(), 4, 0, images=placed, arrival_time=float(name[1:])))
+
+    add("r0", names[:10])
+    for number, image in enumerate(names[10:], start=1):
+        add(f"r{number}", [image])
+    encoded: list[bytes] = []
+    while engine.scheduler.has_requests or engine.launched:
+        encoded += [image.hash for image in engine.launch().encode_images]
+        if engine.launched:
+            engine.take_in()
+    assert sorted(encoded) == names

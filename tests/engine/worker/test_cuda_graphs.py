@@ -44,9 +44,11 @@ def test_a_step_is_laid_where_its_graph_reads_it() -> None:
     """Two decodes, then prompts of 5 and 9 tokens, in tiles of 4 tokens; the second step is shorter than the first."""
     batch = InputBatch(8, 64, 16, torch.device("cpu"), long_start=None, tile_tokens=4)
     seen: list[AttentionMetadata] = []
+    cut: list[tuple[list[list[int]], list[list[int]]]] = []
 
     def forward(hidden: Tensor, metadata: AttentionMetadata) -> Tensor:
         seen.append(metadata)
+        cut.append((metadata.prefills.T.tolist(), metadata.tiles.T.tolist()))
         return hidden + 1
 
     graphs = StepGraphs(
@@ -65,7 +67,7 @@ def test_a_step_is_laid_where_its_graph_reads_it() -> None:
         layout = batch.lay_out(SchedulerOutput(requests=some))
         size = graphs.padded_size(layout)
         assert size == 16
-        hidden = torch.rand(len(layout.tokens), 2)
+        hidden = torch.rand(size, 2)
         found = graphs(layout, torch.from_numpy(batch.padded(layout, size)), hidden)
         assert torch.equal(found, hidden + 1)
     first, second = seen
@@ -73,6 +75,8 @@ def test_a_step_is_laid_where_its_graph_reads_it() -> None:
     assert first.prefills.data_ptr() == second.prefills.data_ptr()
     assert first.token_rows[:2].tolist() == [slot["b"], slot["d"]] and first.positions[:2].tolist() == [19, 2]
     assert second.token_rows[1:].tolist() == [batch.padding_slot] * 15
-    prefills, tiles = batch.cut(batch.lay_out(SchedulerOutput(requests=parts)))
-    assert prefills.T.tolist() == [[2, 5, 8, slot["a"]], [7, 9, 9, slot["c"]]]
-    assert tiles.T.tolist() == [[1, 8], [0, 4], [1, 4], [0, 0], [1, 0]]  # by the keys they see
+    prefills, tiles = cut[0]
+    assert prefills[:2] == [[2, 5, 8, slot["a"]], [7, 9, 9, slot["c"]]]
+    assert tiles[:5] == [[1, 8], [0, 4], [1, 4], [0, 0], [1, 0]]  # by the keys they see
+    assert first.counts is not None and first.shared is None
+    assert not any(map(any, cut[1][0] + cut[1][1]))
