@@ -126,6 +126,15 @@ def test_any_number_of_splits(splits: int, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("shape", [(4, 4, 32), (8, 2, 16)])
 @pytest.mark.parametrize("shared", [(0, 0), (3, 32), (5, 240), (4, 256)])
-def test_a_shared_beginning_is_read_once(shared: tuple[int, int], shape: tuple[int, int, int], counted: bool) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_shared_beginning_is_read_once(
+    dtype: torch.dtype, shared: tuple[int, int], shape: tuple[int, int, int], counted: bool
+) -> None:
     lengths = [300, 257, 290, 400, 241, 3, 20, 50] if shared != (0, 0) else [300, 2, 3, 4, 5, 6, 20, 50]
-    check(torch.float32, shape, None, [1] * 6 + [20, 7], lengths, counted=counted, shared=shared)
+    check(dtype, shape, None, [1] * 6 + [20, 7], lengths, counted=counted, shared=shared)
+
+
+@pytest.mark.parametrize("shared", [None, (9, 64)])
+def test_many_counted_decodes_are_not_split(shared: tuple[int, int] | None) -> None:
+    lengths = [65 + i % 9 for i in range(40)]
+    check(torch.float32, (32, 32, 16), None, [1] * 40 + [5], [*lengths, 30], counted=True, shared=shared)

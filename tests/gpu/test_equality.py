@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from engine import LLM, SamplingParams
+from engine.step import SchedulerOutput
+from engine.worker.input_batch import InputBatch, StepLayout
 from tests.conftest import MakeCheckpoint
 from tests.oracle import hf_generate
 from tests.random_checkpoint import CheckpointSpec
@@ -105,6 +107,33 @@ def test_half_precision_is_close_and_repeats(dtype: str, checkpoint: MakeCheckpo
         wide, narrow = (output.outputs[0].logprobs[0] for output in (one, other))  # type: ignore[index]
         for token in wide.keys() & narrow.keys():
             assert abs(wide[token].logprob - narrow[token].logprob) < (0.4 if dtype == "bfloat16" else 0.05)
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_num_batched_tokens": 40}], ids=str)
+@pytest.mark.parametrize("name", ["mha", "gqa"])
+def test_shared_beginnings_give_the_same_tokens(
+    name: str, limits: dict[str, int], checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps with nothing but such requests, and steps in which prompts are computed beside them."""
+    shared: list[tuple[int, int]] = []
+    lay_out = InputBatch.lay_out
+
+    def watched(self: InputBatch, step: SchedulerOutput) -> StepLayout:
+        layout = lay_out(self, step)
+        shared.append((layout.shared[0], len(layout.parts) - layout.num_decodes))
+        return layout
+
+    monkeypatch.setattr(InputBatch, "lay_out", watched)
+    folder = checkpoint(SPECS[name])
+    llm = LLM(str(folder), dtype="float32", device="cuda", **ROOMY, **limits)
+    beginning = "USER: " + "Look at all of it. " * 40
+    prompts = [f"{beginning}What is number {i}? ASSISTANT:" for i in range(14)]
+    llm.generate(prompts[0], SamplingParams(max_tokens=1), use_tqdm=False)
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
+    for output in outputs:
+        assert output.outputs[0].token_ids == hf_generate(folder, output.prompt_token_ids, [], 24)
+    assert any(members >= 8 and not prefills for members, prefills in shared)
+    assert any(members >= 8 and prefills for members, prefills in shared) == bool(limits)
 
 
 @pytest.mark.parametrize("limits", [{"max_model_len": 100}, {"max_model_len": 65, "max_num_batched_tokens": 131}])

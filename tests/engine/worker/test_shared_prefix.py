@@ -14,15 +14,11 @@ from engine.worker.shared_prefix import find_shared_prefix
 BLOCK = 16
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from([0, 0, 0, 1]), st.sampled_from([0, 3, 8, 9, 12, 14, 14, 14]), st.integers(100, 14 * BLOCK)
-        ),
-        min_size=1,
-        max_size=40,
-    )
-)
+FAMILIES = st.sampled_from([0, 0, 0, 1])
+LENGTHS = st.integers(100, 14 * BLOCK) | st.integers(129, 14 * BLOCK)
+
+
+@given(st.lists(st.tuples(FAMILIES, st.sampled_from([0, 3, 8, 9, 12, 14, 14, 14]), LENGTHS), min_size=12, max_size=40))
 def test_what_is_shared_is_shared_and_most_that_is(rows: list[tuple[int, int, int]]) -> None:
     """Sequences of one of two families, that leave their family after some blocks."""
     blocks = np.full((len(rows), 14), -1, np.int32)
