@@ -15,6 +15,7 @@ from engine.kernels.overlap import overlap, wait_for_inputs
 
 _FEW_DECODES = 8
 """Where only the GPU knows their number, the plan is made for so many; more of them are split among fewer programs."""
+_MOST_SPLITS = 16
 _PROGRAMS = tl.constexpr(1024)
 """That keep an H100 busy."""
 
@@ -35,12 +36,12 @@ class DecodePlan:
 
 def plan(num_requests: int, kv_heads: int, *, exact: bool) -> DecodePlan:
     """As many parts as keep the GPU busy; `python -m bench.kernels decode` tries others."""
-    splits = min(16, triton.next_power_of_2(triton.cdiv(_PROGRAMS.value, num_requests * kv_heads)))
-    return DecodePlan(splits, 32 if exact else 64, 4, uses_dot=not exact)
+    splits = min(_MOST_SPLITS, triton.next_power_of_2(triton.cdiv(_PROGRAMS.value, num_requests * kv_heads)))
+    return DecodePlan(splits, 32 if exact or splits == _MOST_SPLITS else 64, 4, uses_dot=not exact)
 
 
 def shared_parts(splits: int) -> int:
-    """Parts of a shared prefix, so that there are 4, 8 or 16 parts in all."""
+    """Parts of a shared prefix, so that there is a power of two in all."""
     return {1: 3, 2: 6, 4: 4, 8: 8}.get(splits, splits)
 
 

@@ -151,7 +151,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     is_thin = x.ndim == 2 and x.shape[0] <= MOST_ROWS and x.is_contiguous() and weight.is_contiguous()
     if not is_thin or bias is not None or x.dtype == torch.float32:
         return F.linear(x, weight, bias)
-    return thin_linear(x, weight, plan(x.shape[0], x.shape[1]))
+    return thin_linear(x, weight, plan(x.shape[0]))
 
 
 def rotate_and_store(

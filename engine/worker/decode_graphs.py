@@ -10,9 +10,7 @@ from engine.attention import AttentionMetadata
 from engine.models.llama import LlamaForCausalLM
 from engine.worker.cuda_graphs import GraphedFunction
 from engine.worker.input_batch import InputBatch, StepLayout, columns
-
-_LEAST_SHARING = 8
-"""Requests below which a shared beginning is not looked for."""
+from engine.worker.shared_prefix import LEAST_MEMBERS
 
 
 class DecodeGraphs:
@@ -45,7 +43,7 @@ class DecodeGraphs:
         sizes = decode_sizes(max_requests)
         self._plain = GraphedFunction(partial(self._run, None), inputs, sizes)
         self._shared = torch.zeros(3, dtype=torch.int32, device=batch.device)
-        sharing = [size for size in sizes if size >= _LEAST_SHARING and finds_shared]
+        sharing = [size for size in sizes if size >= LEAST_MEMBERS and finds_shared]
         self._sharing = GraphedFunction(partial(self._run, self._shared), inputs, sharing)
 
     def capture(self, pool: Any) -> None:

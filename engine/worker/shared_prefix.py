@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-_LEAST_MEMBERS = 8
+LEAST_MEMBERS = 8
 _LEAST_TOKENS = 128
 
 
@@ -29,11 +29,11 @@ def find_shared_prefix(
         block_size: tokens of a block.
     """
     long_enough = np.flatnonzero(lengths > _LEAST_TOKENS)
-    if len(long_enough) < _LEAST_MEMBERS:
+    if len(long_enough) < LEAST_MEMBERS:
         return None
     last_block = blocks[long_enough, -(-_LEAST_TOKENS // block_size) - 1]
     _, which, counts = np.unique(last_block, return_inverse=True, return_counts=True)
-    if counts.max() < _LEAST_MEMBERS:
+    if counts.max() < LEAST_MEMBERS:
         return None
     members = np.zeros(len(blocks), bool)
     members[long_enough[which == counts.argmax()]] = True
