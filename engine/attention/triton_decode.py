@@ -107,12 +107,12 @@ def _attend_part(  # type: ignore[no-untyped-def]
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     if in_parts:
         lse = tl.where(total > 0, best + tl.log(total), float("-inf"))
-        places = (request * KV_HEADS * GROUP + heads) * (SPLITS + SHARED_PARTS) + split
-        tl.store(partial_lse + places, lse, mask=members < GROUP)
-        tl.store(partial + places[:, None] * HEAD_PAD + dims[None, :], acc, mask=(members < GROUP)[:, None])
+        parts = (request * KV_HEADS * GROUP + heads) * (SPLITS + SHARED_PARTS) + split
+        tl.store(partial_lse + parts, lse, mask=members < GROUP)
+        tl.store(partial + parts[:, None] * HEAD_PAD + dims[None, :], acc, mask=(members < GROUP)[:, None])
     else:
-        places = tl.cast(request, tl.int64) * output_stride + in_head
-        tl.store(output + places, acc.to(output.dtype.element_ty), mask=head_mask)
+        outputs = output + tl.cast(request, tl.int64) * output_stride + in_head
+        tl.store(outputs, acc.to(output.dtype.element_ty), mask=head_mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
