@@ -2,7 +2,7 @@
 several programs where the batch alone cannot keep the GPU busy (Dao et al., Flash-Decoding, 2023).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -13,11 +13,9 @@ from engine.attention import AttentionMetadata, tile_tokens
 from engine.attention.programs import num_programs
 from engine.kernels.overlap import overlap, wait_for_inputs
 
-_FEW_DECODES = 8
-"""Where only the GPU knows their number, the plan is made for so many; more of them are split among fewer programs."""
 _MOST_SPLITS = 16
-_PROGRAMS = tl.constexpr(1024)
-"""That keep an H100 busy."""
+_COUNTED_SPLITS = 4
+"""Where only the GPU knows the number of requests: fewer would leave some programs with more to do than others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +33,9 @@ class DecodePlan:
 
 
 def plan(num_requests: int, kv_heads: int, *, exact: bool) -> DecodePlan:
-    """As many parts as keep the GPU busy; `python -m bench.kernels decode` tries others."""
-    splits = min(_MOST_SPLITS, triton.next_power_of_2(triton.cdiv(_PROGRAMS.value, num_requests * kv_heads)))
+    """As many parts as give an H100 about a thousand programs; `python -m bench.kernels decode` tries others."""
+    programs = num_requests * kv_heads
+    splits = min(_MOST_SPLITS, triton.next_power_of_2(triton.cdiv(1024, programs)))
     return DecodePlan(splits, 32 if exact or splits == _MOST_SPLITS else 64, 4, uses_dot=not exact)
 
 
@@ -47,24 +46,21 @@ def shared_parts(splits: int) -> int:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend_part(  # type: ignore[no-untyped-def]
-    request, kv_head, split, splits, query, cache, output, partial, partial_lse, rows, positions, block_table, shared,
+    request, kv_head, split, query, cache, output, partial, partial_lse, rows, positions, block_table, shared,
     scale, value_offset, query_stride, output_stride, block_stride, slot_stride, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, SHARED_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Attend with the heads of one key-value head to one of `splits` parts of a sequence, behind what it shares."""
+    """Attend with the heads of one key-value head to one part of one sequence."""
     table = block_table + tl.load(rows + request).to(tl.int64) * table_stride
     seq_len = tl.load(positions + request) + 1
     first = 0
     if WINDOW > 0:
         first = tl.maximum(seq_len - WINDOW, 0) // COLUMNS * COLUMNS
-    in_parts = splits > 1
     if SHARED_PARTS > 0:
-        shares = request < tl.load(shared)
-        in_parts |= shares
-        first = tl.where(shares, tl.load(shared + 1), 0)
-    part = tl.cdiv(tl.cdiv(seq_len - first, splits), COLUMNS) * COLUMNS
+        first = tl.where(request < tl.load(shared), tl.load(shared + 1), 0)
+    part = tl.cdiv(tl.cdiv(seq_len - first, SPLITS), COLUMNS) * COLUMNS
     begin = first + split * part
     end = tl.minimum(begin + part, seq_len)
 
@@ -103,22 +99,26 @@ def _attend_part(  # type: ignore[no-untyped-def]
             weighted = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         acc = acc * decay[:, None] + weighted
         best = newest
-    # A part without keys has a sum of zero, and so no weight among the others.
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    if in_parts:
-        lse = tl.where(total > 0, best + tl.log(total), float("-inf"))
-        parts = (request * KV_HEADS * GROUP + heads) * (SPLITS + SHARED_PARTS) + split
-        tl.store(partial_lse + parts, lse, mask=members < GROUP)
-        tl.store(partial + parts[:, None] * HEAD_PAD + dims[None, :], acc, mask=(members < GROUP)[:, None])
+    if SPLITS + SHARED_PARTS == 1:
+        acc = acc / total[:, None]
+        places = tl.cast(request, tl.int64) * output_stride + in_head
+        tl.store(output + places, acc.to(output.dtype.element_ty), mask=head_mask)
     else:
-        outputs = output + tl.cast(request, tl.int64) * output_stride + in_head
-        tl.store(outputs, acc.to(output.dtype.element_ty), mask=head_mask)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _num_splits(num_requests, KV_HEADS: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Parts of each sequence, `SPLITS` at most, where only the GPU knows the number of requests."""
-    return tl.minimum(SPLITS, tl.maximum(1, _PROGRAMS // tl.maximum(1, num_requests * KV_HEADS)))
+        # A part without keys has a sum of zero, and so no weight among the others.
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+        lse = tl.where(total > 0, best + tl.log(total), float("-inf"))
+        places = (request * KV_HEADS * GROUP + heads) * (SPLITS + SHARED_PARTS)
+        tl.store(partial_lse + places + split, lse, mask=members < GROUP)
+        tl.store(partial + (places + split)[:, None] * HEAD_PAD + dims[None, :], acc, mask=(members < GROUP)[:, None])
+        if SHARED_PARTS > 0:
+            # Who shares nothing has no weight in those parts.
+            if (split == 0) & (request >= tl.load(shared)):
+                others = tl.arange(0, SPLITS + SHARED_PARTS)
+                tl.store(
+                    partial_lse + places[:, None] + others[None, :],
+                    tl.full([GROUP_PAD, SPLITS + SHARED_PARTS], float("-inf"), tl.float32),
+                    mask=(members < GROUP)[:, None] & (others >= SPLITS)[None, :],
+                )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -133,7 +133,7 @@ def _decode(  # type: ignore[no-untyped-def]
     """One program: one request, key-value head and part."""
     wait_for_inputs(OVERLAP)
     _attend_part(
-        tl.program_id(0), tl.program_id(1), tl.program_id(2), SPLITS, query, cache, output, partial, partial_lse, rows,
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), query, cache, output, partial, partial_lse, rows,
         positions, block_table, shared, scale, value_offset, query_stride, output_stride, block_stride, slot_stride,
         table_stride, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, BLOCK_SIZE, SPLITS, COLUMNS, STAGES, WINDOW,
         PRECISION, SHARED_PARTS,
@@ -151,14 +151,12 @@ def _decode_counted(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """The same where only the GPU knows how many requests there are: each program takes one after the other."""
     wait_for_inputs(OVERLAP)
-    num_requests = tl.load(counts)
-    splits = _num_splits(num_requests, KV_HEADS, SPLITS)
-    for item in range(tl.program_id(0), num_requests * KV_HEADS * splits, tl.num_programs(0)):
+    for item in range(tl.program_id(0), tl.load(counts) * KV_HEADS * SPLITS, tl.num_programs(0)):
         _attend_part(
-            item // (KV_HEADS * splits), item // splits % KV_HEADS, item % splits, splits, query, cache, output,
-            partial, partial_lse, rows, positions, block_table, shared, scale, value_offset, query_stride,
-            output_stride, block_stride, slot_stride, table_stride, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD,
-            BLOCK_SIZE, SPLITS, COLUMNS, STAGES, WINDOW, PRECISION, SHARED_PARTS,
+            item // (KV_HEADS * SPLITS), item // SPLITS % KV_HEADS, item % SPLITS, query, cache, output, partial,
+            partial_lse, rows, positions, block_table, shared, scale, value_offset, query_stride, output_stride,
+            block_stride, slot_stride, table_stride, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, BLOCK_SIZE,
+            SPLITS, COLUMNS, STAGES, WINDOW, PRECISION, SHARED_PARTS,
         )  # fmt: skip
 
 
@@ -222,32 +220,24 @@ def _decode_shared(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["num_requests"])  # type: ignore[untyped-decorator]
 def _merge(  # type: ignore[no-untyped-def]
-    partial, partial_lse, output, counts, shared, num_requests, output_stride,
-    KV_HEADS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
-    SPLITS: tl.constexpr, SHARED_PARTS: tl.constexpr, COUNTED: tl.constexpr, OVERLAP: tl.constexpr,
+    partial, partial_lse, output, counts, num_requests, output_stride,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PARTS: tl.constexpr, COUNTED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Join the parts, of one request and head after the other, where there are several."""
+    """Join the parts, of one request and head after the other."""
     wait_for_inputs(OVERLAP)
-    splits = SPLITS
     if COUNTED:
         num_requests = tl.load(counts)
-        splits = _num_splits(num_requests, KV_HEADS, SPLITS)
-    num_sharing = 0
-    if SHARED_PARTS > 0:
-        num_sharing = tl.load(shared)
-    # Those that share come first; alone in one part, the others have written what they found to the output.
-    num_merged = tl.where(splits > 1, num_requests, num_sharing)
     dims = tl.arange(0, HEAD_PAD)
-    parts = tl.arange(0, SPLITS + SHARED_PARTS)
-    for item in range(tl.program_id(0), num_merged * HEADS, tl.num_programs(0)):
-        is_part = (parts < splits) | ((parts >= SPLITS) & (item // HEADS < num_sharing))
-        places = item * (SPLITS + SHARED_PARTS) + parts
-        lse = tl.load(partial_lse + places, mask=is_part, other=float("-inf"))
+    for item in range(tl.program_id(0), num_requests * HEADS, tl.num_programs(0)):
+        parts = item * PARTS + tl.arange(0, PARTS)
+        lse = tl.load(partial_lse + parts)
         weights = tl.exp(lse - tl.max(lse, 0))
-        values = tl.load(partial + places[:, None] * HEAD_PAD + dims[None, :], mask=is_part[:, None], other=0.0)
+        is_part = lse > float("-inf")  # nothing was written elsewhere
+        values = tl.load(partial + parts[:, None] * HEAD_PAD + dims[None, :], mask=is_part[:, None], other=0.0)
         merged = tl.sum(weights[:, None] * values, 0) / tl.sum(weights, 0)
-        target = tl.cast(item // HEADS, tl.int64) * output_stride + (item % HEADS) * HEAD_DIM + dims
-        tl.store(output + target, merged.to(output.dtype.element_ty), mask=dims < HEAD_DIM)
+        places = tl.cast(item // HEADS, tl.int64) * output_stride + (item % HEADS) * HEAD_DIM + dims
+        tl.store(output + places, merged.to(output.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 def decode_attention(
@@ -266,7 +256,9 @@ def decode_attention(
     kv_heads = cache.shape[3]
     group, head_pad = heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
     exact = query.dtype == torch.float32
-    cut = chosen or plan(requests if counts is None else _FEW_DECODES, kv_heads, exact=exact)
+    cut = chosen or plan(requests, kv_heads, exact=exact)
+    if counts is not None:
+        cut = replace(cut, splits=_COUNTED_SPLITS)
     group_pad = 1 if group == 1 and not cut.uses_dot else max(16, triton.next_power_of_2(group))
     shares = metadata.shared is not None and not window
     num_shared = shared_parts(cut.splits) if shares else 0
@@ -301,7 +293,7 @@ def decode_attention(
     if parts > 1:
         items = requests * heads
         _merge[(items if counts is None else min(programs, items),)](
-            partial, partial_lse, output, counts, metadata.shared, requests, output.stride(0),
-            KV_HEADS=kv_heads, HEADS=heads, HEAD_DIM=head_dim, HEAD_PAD=head_pad, SPLITS=cut.splits,
-            SHARED_PARTS=num_shared, COUNTED=counts is not None, num_warps=2, **overlap(query.device),
+            partial, partial_lse, output, counts, requests, output.stride(0),
+            HEADS=heads, HEAD_DIM=head_dim, HEAD_PAD=head_pad, PARTS=parts, COUNTED=counts is not None, num_warps=2,
+            **overlap(query.device),
         )  # fmt: skip

@@ -132,9 +132,3 @@ def test_a_shared_beginning_is_read_once(
 ) -> None:
     lengths = [300, 257, 290, 400, 241, 3, 20, 50] if shared != (0, 0) else [300, 2, 3, 4, 5, 6, 20, 50]
     check(dtype, shape, None, [1] * 6 + [20, 7], lengths, counted=counted, shared=shared)
-
-
-@pytest.mark.parametrize("shared", [None, (9, 64)])
-def test_many_counted_decodes_are_not_split(shared: tuple[int, int] | None) -> None:
-    lengths = [65 + i % 9 for i in range(40)]
-    check(torch.float32, (32, 32, 16), None, [1] * 40 + [5], [*lengths, 30], counted=True, shared=shared)
