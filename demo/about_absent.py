@@ -18,9 +18,11 @@ def askers(scene: Scene) -> tuple[Asker, ...]:
     if not scene.shapes:
         found += (_shape, _shapes)
     if not scene.words:
-        found += (_text, _text, _words)
+        found += (_words,)
     if not scene.bars:
         found += (_chart,)
+    if not scene.words and not scene.bars:  # which have letters
+        found += (_text, _text)
     return found
 
 
@@ -49,7 +51,10 @@ def _text(scene: Scene, random: Random) -> Turn | None:
 
 
 def _words(scene: Scene, random: Random) -> Turn | None:
-    says = Turn("honest", prints.ask_whether_it_says(printed_text(random), random), "No.")
+    text = printed_text(random)
+    if text in [bar.label for bar in scene.bars]:
+        return None
+    says = Turn("honest", prints.ask_whether_it_says(text, random), "No.")
     return random.choice((says, count_turn("honest", random.choice(("word", "number")), 0, random)))
 
 

@@ -115,6 +115,11 @@ def taller(scene: Scene, random: Random) -> Turn | None:
     return Turn("compare", f"Is bar {first.label} {word} than bar {second.label}?", "Yes." if truth else "No.")
 
 
+def labels(scene: Scene, random: Random) -> Turn | None:
+    """All that is written in a chart."""
+    return Turn("chart", random.choice(READ), f"The bars are called {listed([bar.label for bar in scene.bars])}.")
+
+
 def count_bars(scene: Scene, random: Random) -> Turn | None:
     """How many bars there are."""
     return count_turn("chart", "bar", len(scene.bars), random)

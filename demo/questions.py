@@ -92,7 +92,8 @@ def _hopeless(scene: Scene, random: Random) -> Turn | None:
 _ABOUT_SHAPES: tuple[Asker, ...] = (
     *(shapes.ask_property(name) for name in ("color", "color", "kind", "kind", "place", "place", "place", "size")),
     shapes.what_is_at, shapes.absent, shapes.count, shapes.count, shapes.count, shapes.exists, shapes.exists,
-    shapes.is_it, shapes.more, shapes.relation, shapes.larger, shapes.same_colour, _background, _describe, _describe,
+    shapes.is_it, shapes.more, shapes.relation, shapes.relation, shapes.larger, shapes.same_colour, _background,
+    _describe, _describe,
 )  # fmt: skip
 _ABOUT_WORDS: tuple[Asker, ...] = (
     prints.read, prints.read, prints.read, prints.read, prints.letters, prints.count_words, prints.says, _background,
@@ -100,6 +101,6 @@ _ABOUT_WORDS: tuple[Asker, ...] = (
 )  # fmt: skip
 _ABOUT_BARS: tuple[Asker, ...] = (
     prints.tallest, prints.tallest, prints.tallest, prints.bar_colour, prints.bar_colour, prints.taller, prints.taller,
-    prints.count_bars, _background, _describe,
+    prints.taller, prints.count_bars, prints.labels, _background, _describe,
 )  # fmt: skip
 _ABOUT_NOTHING: tuple[Asker, ...] = (_hopeless, _hopeless, _hopeless, _hopeless, _background)
