@@ -29,7 +29,7 @@ _TURNS = {"square": 18, "heart": 30, "cross": 18, "circle": 0, "ring": 0}
 """Degrees either way within which a kind keeps its name; the others may be turned at will."""
 _SHORTEST, _LONGEST = 100, 2000
 _FEATURES = ("shapes", "words", "words and shapes", "chart", "strange", "blank")
-_SHARES = (0.38, 0.3, 0.11, 0.15, 0.04, 0.02)
+_SHARES = (0.38, 0.31, 0.11, 0.145, 0.035, 0.02)
 _LEAST_LETTER = 0.065
 """Height of a letter at least, as a share of the picture's longer side, where the width leaves room for it."""
 
