@@ -145,7 +145,7 @@ def main() -> None:
             asked = questions(name, args.count)
             given = list(tqdm(pool.map(ask, asked), total=len(asked), desc=name, leave=False, disable=None))
             wrong = [(q, answer) for q, answer in zip(asked, given, strict=True) if answer != q.answer]
-            print(f"{name:12} {1 - len(wrong) / len(asked):7.2%} of {len(asked)}", flush=True)
+            print(f"{name:14} {1 - len(wrong) / len(asked):7.2%} of {len(asked)}", flush=True)
             for question, answer in wrong[: args.show_wrong]:
                 print(f"    expected {question.answer!r}, got {answer!r}")
 
