@@ -87,7 +87,8 @@ class InputMessage(_Model):
 
     type: Literal["message"] | None = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | Annotated[list[InputPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+    # Lists come first in these unions: their complaints tell more.
+    content: Annotated[list[InputPart], Field(max_length=MAX_PARTS, fail_fast=True)] | str
 
     def message(self) -> Message:
         """The same for a chat."""
@@ -111,7 +112,7 @@ class ResponseStreamOptions(StreamOptions):
 class ResponsesRequest(SamplingFields):
     """`POST /v1/responses`, with the extensions that chat and completions have."""
 
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    input: Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | str
     instructions: str | None = None
     max_output_tokens: int | None = None
     top_logprobs: int | None = None

@@ -29,6 +29,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
     last_words = b"data: [DONE]\n\n"
+    """What is sent after the last event."""
 
     def __init__(self, events: AsyncGenerator[dict[str, Any], None], resources: AsyncExitStack) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
