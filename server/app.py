@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server import chat, completions, tokenization
+from server import chat, completions, responses, tokenization
 from server.errors import ApiError, install_handlers
 from server.sse import ClientGone
 from server.state import ServerState, state_of
@@ -28,7 +28,7 @@ def create_app(state: ServerState) -> FastAPI:
     """Build the application around an engine that runs."""
     app = FastAPI(title="Vision-language model server", version=program_version(), root_path=state.args.root_path)
     app.state.server = state
-    for routes in (router, chat.router, completions.router, tokenization.router):
+    for routes in (router, chat.router, completions.router, responses.router, tokenization.router):
         app.include_router(routes)
     install_handlers(app)
     app.add_exception_handler(ClientGone, _client_gone)
@@ -42,7 +42,7 @@ def create_app(state: ServerState) -> FastAPI:
 
 
 class ApiKeyMiddleware:
-    """Asks for a key on every path that costs anything."""
+    """Asks for a key on every path that costs anything, and leaves it in the scope as `api_key`, bytes."""
 
     def __init__(self, app: ASGIApp, keys: list[str]) -> None:
         self._app = app
@@ -50,17 +50,15 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401, or go on (ASGI)."""
-        if scope["type"] == "http" and _is_guarded(scope) and not self._has_key(scope):
-            error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-            await error.response()(scope, receive, send)
-            return
+        if scope["type"] == "http" and _is_guarded(scope):
+            scope["api_key"] = _given_key(scope)
+            if not self._is_known(scope["api_key"]):
+                error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+                await error.response()(scope, receive, send)
+                return
         await self._app(scope, receive, send)
 
-    def _has_key(self, scope: Scope) -> bool:
-        given = b""
-        for name, value in scope["headers"]:
-            if name == b"authorization" and value[:7].lower() == b"bearer ":
-                given = value[7:].strip()
+    def _is_known(self, given: bytes) -> bool:
         # Every key is compared, so that the time tells nothing about which one was nearly right.
         return any([hmac.compare_digest(given, key) for key in self._keys])
 
@@ -110,6 +108,14 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
         "parent": None,
         "max_model_len": state.inputs.max_model_len,
     }
+
+
+def _given_key(scope: Scope) -> bytes:
+    given = b""
+    for name, value in scope["headers"]:
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            given = value[7:].strip()
+    return given
 
 
 def _is_guarded(scope: Scope) -> bool:

@@ -171,10 +171,11 @@ class Chat:
     def _logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any] | None:
         if not self._body.logprobs:
             return None
-        return {"content": [_logprob(entry) for entry in entries], "refusal": None}
+        return {"content": [logprob_json(entry) for entry in entries], "refusal": None}
 
 
-def _logprob(entry: TokenLogprobs) -> dict[str, Any]:
+def logprob_json(entry: TokenLogprobs) -> dict[str, Any]:
+    """OpenAI's object for one token."""
     top = [_token(text, raw, logprob) for _, text, raw, logprob in entry.top]
     return {**_token(entry.text, entry.raw, entry.logprob), "top_logprobs": top}
 

@@ -15,7 +15,6 @@ from server.errors import from_exception
 Result = TypeVar("Result")
 
 _encoder = msgspec.json.Encoder()
-_DONE = b"data: [DONE]\n\n"
 
 
 class ClientGone(Exception):
@@ -29,6 +28,8 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
+    last_words = b"data: [DONE]\n\n"
+    """What is sent after the last event."""
 
     def __init__(self, events: AsyncGenerator[dict[str, Any], None], resources: AsyncExitStack) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -53,13 +54,27 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for event in self._events:
-                await _send_chunk(send, b"data: " + _encoder.encode(event) + b"\n\n")
+                await _send_chunk(send, self.framed(event))
         except Exception as error:
-            await _send_chunk(send, b"data: " + _encoder.encode(from_exception(error).body()) + b"\n\n")
+            await _send_chunk(send, self.framed(from_exception(error).body()))
         finally:
             await self._events.aclose()
-        await _send_chunk(send, _DONE)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await send({"type": "http.response.body", "body": self.last_words, "more_body": False})
+
+    def framed(self, event: dict[str, Any]) -> bytes:
+        """An event as it is sent."""
+        return b"data: " + _encoder.encode(event) + b"\n\n"
+
+
+class NamedEventStream(EventStream):
+    """Server-sent events that have names: the `type` of each. The last one is known by its name."""
+
+    last_words = b""
+
+    def framed(self, event: dict[str, Any]) -> bytes:
+        """An event as it is sent."""
+        name: str = event.get("type", "error")
+        return f"event: {name}\n".encode() + super().framed(event)
 
 
 async def unless_client_goes(request: Request, work: Awaitable[Result]) -> Result:

@@ -22,6 +22,7 @@ from server.errors import ApiError
 from server.images import ImagePreparer
 from server.media import MediaFetcher
 from server.metrics import Metrics
+from server.response_store import ResponseStore
 from server.version import program_version
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -55,6 +56,7 @@ class ServerState:
     """Requests that are being answered."""
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     started: int = field(default_factory=lambda: int(time.time()))
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
     @property
     def config(self) -> EngineConfig:
@@ -156,13 +158,24 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
             raise _too_large(limit)
         chunks.append(chunk)
     body = b"".join(chunks)
-    most = _VALUES + _VALUES_PER_TOKEN * state_of(request).inputs.max_model_len
-    if body.count(b",") > most:
-        raise ApiError(400, f"the body holds more than {most} JSON values (counted by its commas)")
+    check_size(state_of(request), "the body", body)
     if size <= _PARSED_AT_ONCE:
         return kind.model_validate_json(body)
     return await asyncio.to_thread(kind.model_validate_json, body)
 
 
-def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body is larger than the limit of {limit} bytes")
+def check_size(state: ServerState, what: str, *texts: bytes) -> None:
+    """Look at the size of JSON before it is parsed; `what` the texts are together, for the message.
+
+    Raises:
+        ApiError: 413 above the limit of bytes, 400 above that of values.
+    """
+    if sum(map(len, texts)) > state.args.max_request_bytes:
+        raise _too_large(state.args.max_request_bytes, what)
+    most = _VALUES + _VALUES_PER_TOKEN * state.inputs.max_model_len
+    if sum(text.count(b",") for text in texts) > most:
+        raise ApiError(400, f"{what} holds more than {most} JSON values (counted by its commas)")
+
+
+def _too_large(limit: int, what: str = "the body") -> ApiError:
+    return ApiError(413, f"{what} is larger than the limit of {limit} bytes")

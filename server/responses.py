@@ -1,0 +1,251 @@
+"""`/v1/responses`: a chat in OpenAI's newer form, which can be asked for again and continued."""
+
+import re
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack, aclosing, contextmanager
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import TypeAdapter
+from starlette.responses import Response
+
+from server.chat import Chat, logprob_json, start_chat
+from server.errors import ApiError, bad_request, from_exception
+from server.generation import Answer, Usage
+from server.protocol import Message
+from server.response_store import StoredResponse
+from server.responses_protocol import ResponsesRequest
+from server.sse import NamedEventStream, unless_client_goes
+from server.state import ServerState, check_size, read_body, state_of
+
+router = APIRouter()
+
+_MESSAGES = TypeAdapter(list[Message])
+_FIELDS = {"messages": "input", "max_completion_tokens": "max_output_tokens"}
+"""What a chat calls otherwise."""
+_NOT_SERVED = ("include", "include_obfuscation", "starting_after", "stream")
+"""What a response cannot be asked for again with."""
+_PLACE = {"output_index": 0, "content_index": 0}
+"""A response is one message of one part."""
+
+
+@router.post("/v1/responses")
+async def create_response(request: Request) -> Response:
+    """Answer a conversation, in one piece or as a stream."""
+    arrived = time.monotonic()
+    state = state_of(request)
+    body = await read_body(request, ResponsesRequest)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(state.open_request())
+        reply = await unless_client_goes(request, _start(state, body, _owner(request), arrived))
+        stack.callback(reply.abort)
+        if not body.stream:
+            return JSONResponse(await unless_client_goes(request, reply.whole()))
+        return NamedEventStream(reply.events(), stack.pop_all())
+
+
+@router.get("/v1/responses/{name}")
+async def get_response(request: Request, name: str) -> Response:
+    """A response that was kept, as it was answered."""
+    for query, value in request.query_params.items():
+        query = query.partition("[")[0]
+        if query in _NOT_SERVED and value != "false":
+            raise bad_request(f"{query} is not available here: a response is told as it was answered", query)
+    with _missing(404, "response_id", name):
+        stored = state_of(request).responses.get(_owner(request), name)
+    return Response(stored.response, media_type="application/json")
+
+
+@router.delete("/v1/responses/{name}")
+async def delete_response(request: Request, name: str) -> dict[str, Any]:
+    """Forget a response; those after it cannot be continued any more."""
+    with _missing(404, "response_id", name):
+        state_of(request).responses.delete(_owner(request), name)
+    return {"id": name, "object": "response", "deleted": True}
+
+
+async def _start(state: ServerState, body: ResponsesRequest, owner: bytes, arrived: float) -> "_Reply":
+    """Check the request, put what came before in front of it, and start the chat that it means."""
+    body.check_served()
+    messages = body.messages()
+    shown = await state.in_text_pool(_MESSAGES.dump_json, messages)
+    before = await _before(state, body, owner, shown)
+    with _in_our_words():
+        chat_body = body.chat(before, messages)
+        chat = await start_chat(state, chat_body, arrived)
+    params = chat_body.params(state.config.sampling_defaults)
+    told = {**body.told_again(), "temperature": params.temperature, "top_p": params.top_p}
+    return _Reply(state, body, chat, told, owner, shown)
+
+
+async def _before(state: ServerState, body: ResponsesRequest, owner: bytes, shown: bytes) -> list[Message]:
+    """The turns of the responses that this one continues; within the limits of one body they must be, with its own."""
+    if body.previous_response_id is None:
+        return []
+    with _missing(400, "previous_response_id", body.previous_response_id, code="previous_response_not_found"):
+        earlier = state.responses.conversation(owner, body.previous_response_id)
+    texts = [text for response in earlier for text in (response.input, response.output)]
+    check_size(state, "the conversation", *texts, shown)
+    return await state.in_text_pool(_turns, earlier)
+
+
+def _turns(responses: list[StoredResponse]) -> list[Message]:
+    turns: list[Message] = []
+    for response in responses:
+        turns += _MESSAGES.validate_json(response.input)
+        turns.append(Message(role="assistant", content=response.output.decode()))
+    return turns
+
+
+class _Reply:
+    """One response on its way to the client."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        body: ResponsesRequest,
+        chat: Chat,
+        told: dict[str, Any],
+        owner: bytes,
+        shown: bytes,
+    ) -> None:
+        self._state = state
+        self._body = body
+        self._chat = chat
+        self._owner = owner
+        self._shown = shown
+        """JSON of the messages that are answered."""
+        self._id = f"resp_{uuid4().hex}"
+        self._message_id = f"msg_{uuid4().hex}"
+        self._head = {
+            "id": self._id, "object": "response", "created_at": int(time.time()), "model": chat.model,
+            "completed_at": None, "error": None, "incomplete_details": None, "output": [], "usage": None, **told,
+        }  # fmt: skip
+        self._num_events = 0
+
+    def abort(self) -> None:
+        """Stop what still runs."""
+        self._chat.abort()
+
+    async def whole(self) -> dict[str, Any]:
+        """The response in one piece."""
+        answer = Answer()
+        async with aclosing(self._chat.deltas()) as deltas:
+            async for delta in deltas:
+                answer.add(delta)
+        return self._finish(answer)
+
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The events of a stream; the last one has the whole response, or tells why there is none."""
+        for name in ("created", "in_progress"):
+            yield self._event(name, response={**self._head, "status": "in_progress"})
+        try:
+            async with aclosing(self._answer_events()) as events:
+                async for event in events:
+                    yield event
+        except Exception as error:
+            told = {"code": "server_error", "message": from_exception(error).message}
+            yield self._event("failed", response={**self._head, "status": "failed", "error": told})
+
+    async def _answer_events(self) -> AsyncGenerator[dict[str, Any], None]:
+        place = {"item_id": self._message_id, **_PLACE}
+        yield self._event("output_item.added", output_index=0, item=self._message("in_progress", []))
+        yield self._event("content_part.added", **place, part=_part(Answer()))
+        answer = Answer()
+        async with aclosing(self._chat.deltas()) as deltas:
+            async for delta in deltas:
+                answer.add(delta)
+                if delta.text or delta.logprobs:
+                    logprobs = [logprob_json(entry) for entry in delta.logprobs]
+                    yield self._event("output_text.delta", **place, delta=delta.text, logprobs=logprobs)
+        response = self._finish(answer)
+        (message,) = response["output"]
+        (part,) = message["content"]
+        yield self._event("output_text.done", **place, text=part["text"], logprobs=part["logprobs"])
+        yield self._event("content_part.done", **place, part=part)
+        yield self._event("output_item.done", output_index=0, item=message)
+        yield self._event(response["status"], response=response)
+
+    def _event(self, name: str, **fields: Any) -> dict[str, Any]:
+        number = self._num_events
+        self._num_events += 1
+        return {"type": f"response.{name}", "sequence_number": number, **fields}
+
+    def _finish(self, answer: Answer) -> dict[str, Any]:
+        """The response to an answer that is complete, kept if it is to be."""
+        is_cut = answer.finish_reason == "length"
+        status = "incomplete" if is_cut else "completed"
+        response = {
+            **self._head,
+            "status": status,
+            "completed_at": None if is_cut else int(time.time()),
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "output": [self._message(status, [_part(answer)])],
+            "usage": _usage(self._chat.usage),
+        }
+        if self._body.is_stored:
+            self._state.responses.add(
+                StoredResponse(
+                    id=self._id,
+                    owner=self._owner,
+                    previous=self._body.previous_response_id,
+                    input=self._shown,
+                    output="".join(answer.text).encode(),
+                    response=msgspec.json.encode(response),
+                )
+            )
+        return response
+
+    def _message(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._message_id, "type": "message", "role": "assistant", "status": status, "content": content
+        }  # fmt: skip
+
+
+def _part(answer: Answer) -> dict[str, Any]:
+    logprobs = [logprob_json(entry) for entry in answer.logprobs]
+    return {"type": "output_text", "text": "".join(answer.text), "annotations": [], "logprobs": logprobs}
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    counts = usage.json()
+    return {
+        "input_tokens": counts["prompt_tokens"],
+        # What is written to the cache costs nothing, and is not counted.
+        "input_tokens_details": {**counts["prompt_tokens_details"], "cache_write_tokens": 0},
+        "output_tokens": counts["completion_tokens"],
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": counts["total_tokens"],
+    }
+
+
+def _owner(request: Request) -> bytes:
+    """Whose responses a request may see: the API key's that came with it, or everybody's where none is asked for."""
+    key: bytes = request.scope.get("api_key", b"")
+    return key
+
+
+@contextmanager
+def _missing(status: int, param: str, name: str, *, code: str | None = None) -> Iterator[None]:
+    """Tell a client that a response is not there, or not for it."""
+    try:
+        yield
+    except KeyError as error:
+        message = f"the response {name[:100]!r} does not exist, or is not kept any more"
+        raise ApiError(status, message, param=param, code=code) from error
+
+
+@contextmanager
+def _in_our_words() -> Iterator[None]:
+    """Errors of the chat name the fields that the client gave."""
+    try:
+        yield
+    except (ApiError, ValueError) as error:
+        told = from_exception(error)
+        message = re.sub(r"^messages\b|\bmax_completion_tokens\b", lambda found: _FIELDS[found[0]], told.message)
+        param = _FIELDS.get(told.param or "", told.param)
+        raise ApiError(told.status, message, param=param, code=told.code, headers=told.headers) from error

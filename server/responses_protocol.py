@@ -1,0 +1,217 @@
+"""The request of `POST /v1/responses`, and how it reads as a chat. What is not served is refused here."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Discriminator, Field, Tag
+
+from server.errors import bad_request
+from server.protocol import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    ChatCompletionRequest,
+    ImagePart,
+    ImageUrl,
+    Message,
+    Part,
+    SamplingFields,
+    StreamOptions,
+    TextPart,
+)
+
+LOGPROBS = "message.output_text.logprobs"
+"""What `include` holds to have log probabilities."""
+
+# What these may be; anything else asks for what is not there, or for what goes by another name here.
+_SERVED: dict[str, tuple[Any, ...]] = {
+    "background": (False,), "context_management": ([],), "conversation": (), "max_tokens": (), "max_tool_calls": (),
+    "moderation": (), "n": (1,), "prompt": (), "prompt_cache_retention": ("in_memory",), "prompt_logprobs": (),
+    "return_token_ids": (False,), "tool_choice": ("auto", "none"), "tools": ([],), "truncation": ("disabled",),
+}  # fmt: skip
+# Fields of `SamplingFields` that a chat is not given: what they ask for is done around it.
+_AROUND_CHAT = {"stream", "stream_options", "store", "metadata", "user"}
+
+
+class _Model(BaseModel):
+    """As strict as every request."""
+
+    model_config = SamplingFields.model_config
+
+
+class InputText(_Model):
+    """A piece of text, of the client or of an earlier answer."""
+
+    type: Literal["input_text", "output_text"]
+    text: str
+
+    def part(self) -> Part:
+        """The same for a chat."""
+        return TextPart(type="text", text=self.text)
+
+
+class InputImage(_Model):
+    """An image."""
+
+    type: Literal["input_image"]
+    file_id: None = None
+    image_url: str
+    detail: Literal["auto", "low", "high"] | None = "auto"
+
+    def part(self) -> Part:
+        """The same for a chat."""
+        return ImagePart(type="image_url", image_url=ImageUrl(url=self.image_url, detail=self.detail))
+
+
+class OtherInput(_Model):
+    """A kind of part that is not served; always an error."""
+
+    type: Literal["input_text", "output_text", "input_image"]
+
+    def part(self) -> Part:
+        """There is none."""
+        raise NotImplementedError
+
+
+def _part_kind(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return {"input_text": "text", "output_text": "text", "input_image": "image_url"}.get(str(kind), "other")
+
+
+InputPart = Annotated[
+    Annotated[InputText, Tag("text")] | Annotated[InputImage, Tag("image_url")] | Annotated[OtherInput, Tag("other")],
+    Discriminator(_part_kind),
+]
+
+
+class InputMessage(_Model):
+    """One turn of a conversation: the only kind of item that is served."""
+
+    type: Literal["message"] | None = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    # Lists come first in these unions: their complaints tell more.
+    content: Annotated[list[InputPart], Field(max_length=MAX_PARTS, fail_fast=True)] | str
+
+    def message(self) -> Message:
+        """The same for a chat."""
+        content = self.content if isinstance(self.content, str) else [part.part() for part in self.content]
+        return Message(role=self.role, content=content)
+
+
+class TextConfig(_Model):
+    """The form of the answer."""
+
+    format: dict[str, Any] | None = None
+    verbosity: str | None = None
+
+
+class ResponseStreamOptions(StreamOptions):
+    """What a stream tells beside its text; the usage is in its last event always."""
+
+    include_obfuscation: bool | None = False
+
+
+class ResponsesRequest(SamplingFields):
+    """`POST /v1/responses`, with the extensions that chat and completions have."""
+
+    input: Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | str
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    top_logprobs: int | None = None
+    include: list[str] | None = None
+    previous_response_id: str | None = None
+    parallel_tool_calls: bool | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+        ]
+        | None
+    ) = None
+    stream_options: ResponseStreamOptions | None = None
+    text: TextConfig | None = None
+    reasoning: dict[str, Any] | None = None
+    background: bool | None = None
+    context_management: Any = None
+    conversation: Any = None
+    max_tool_calls: Any = None
+    moderation: Any = None
+    prompt: Any = None
+    prompt_cache_retention: Any = None
+    tool_choice: Any = None
+    tools: Any = None
+    truncation: Any = None
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the response is kept after the answer, as it is unless told otherwise."""
+        return self.store is not False
+
+    def check_served(self) -> None:
+        """Refuse, with a 400, what is not there; `chat` leaves to the chat what that refuses too."""
+        for name, served in _SERVED.items():
+            _check(name, getattr(self, name), *served)
+        for name in self.include or []:
+            _check("include", name, LOGPROBS)
+        if self.text is not None:
+            kind = None if self.text.format is None else self.text.format.get("type") or ""
+            _check("text.format", kind, "text")
+            _check("text.verbosity", self.text.verbosity, "medium")
+        for name, value in (self.reasoning or {}).items():
+            _check(f"reasoning.{name[:50]}", value, *(["none"] if name == "effort" else []))
+        if self.stream_options is not None:
+            for name in ("include_obfuscation", "continuous_usage_stats"):
+                _check(f"stream_options.{name}", getattr(self.stream_options, name), False)
+        if self.top_logprobs and LOGPROBS not in (self.include or []):
+            raise bad_request(f"top_logprobs needs include to hold {LOGPROBS!r}", "top_logprobs")
+
+    def messages(self) -> list[Message]:
+        """The input as turns of a chat."""
+        if isinstance(self.input, str):
+            return [Message(role="user", content=self.input)]
+        return [item.message() for item in self.input]
+
+    def chat(self, before: list[Message], messages: list[Message]) -> ChatCompletionRequest:
+        """The chat that this request means, `messages` after those of the responses before it.
+
+        Raises:
+            ValidationError: the conversation is too long, or a value is out of range.
+        """
+        system = [Message(role="system", content=self.instructions)] if self.instructions else []
+        shared = SamplingFields.model_fields.keys() - _AROUND_CHAT
+        return ChatCompletionRequest(
+            **{name: getattr(self, name) for name in shared},
+            messages=[*system, *before, *messages],
+            max_completion_tokens=self.max_output_tokens,
+            logprobs=LOGPROBS in (self.include or []),
+            top_logprobs=self.top_logprobs,
+        )
+
+    def told_again(self) -> dict[str, Any]:
+        """The fields of the response that say what was asked for."""
+        return {
+            "background": False,
+            "instructions": self.instructions,
+            "max_output_tokens": self.max_output_tokens,
+            "max_tool_calls": None,
+            "metadata": self.metadata or {},
+            "parallel_tool_calls": self.parallel_tool_calls is not False,
+            "previous_response_id": self.previous_response_id,
+            "prompt_cache_key": self.prompt_cache_key,
+            "reasoning": {"effort": None, "summary": None},
+            "safety_identifier": self.safety_identifier,
+            "service_tier": "default",
+            "store": self.is_stored,
+            "text": {"format": {"type": "text"}},
+            "tool_choice": self.tool_choice or "auto",
+            "tools": [],
+            "top_logprobs": self.top_logprobs or 0,
+            "truncation": "disabled",
+            "user": self.user,
+        }
+
+
+def _check(name: str, value: Any, *served: Any) -> None:
+    if value is None or value in served:
+        return
+    choice = f", or give {' or '.join(map(repr, served))}" if served else ""
+    raise bad_request(f"{name} is not available here with this value: leave it out{choice}", name)
