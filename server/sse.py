@@ -10,12 +10,11 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import from_exception
+from server.errors import ApiError, from_exception
 
 Result = TypeVar("Result")
 
 _encoder = msgspec.json.Encoder()
-_DONE = b"data: [DONE]\n\n"
 
 
 class ClientGone(Exception):
@@ -29,6 +28,8 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
+    end = b"data: [DONE]\n\n"
+    """What follows the last event."""
 
     def __init__(self, events: AsyncGenerator[dict[str, Any], None], resources: AsyncExitStack) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -49,17 +50,24 @@ class EventStream(Response):
             await asyncio.gather(sending, watching, return_exceptions=True)
             await self._resources.aclose()
 
+    def frame(self, event: dict[str, Any]) -> bytes:
+        """An event as it is sent."""
+        return b"data: " + _encoder.encode(event) + b"\n\n"
+
+    def error_event(self, error: ApiError) -> dict[str, Any]:
+        """What is sent of an error."""
+        return error.body()
+
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for event in self._events:
-                await _send_chunk(send, b"data: " + _encoder.encode(event) + b"\n\n")
+                await _send_chunk(send, self.frame(event))
         except Exception as error:
-            await _send_chunk(send, b"data: " + _encoder.encode(from_exception(error).body()) + b"\n\n")
+            await _send_chunk(send, self.frame(self.error_event(from_exception(error))))
         finally:
             await self._events.aclose()
-        await _send_chunk(send, _DONE)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await send({"type": "http.response.body", "body": self.end, "more_body": False})
 
 
 async def unless_client_goes(request: Request, work: Awaitable[Result]) -> Result:
