@@ -13,8 +13,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server import chat, completions, responses, tokenization
+from server import chat, completions, messages, responses, tokenization
 from server.errors import ApiError, install_handlers
+from server.paths import is_below
 from server.sse import ClientGone
 from server.state import ServerState, state_of
 from server.version import program_version
@@ -22,13 +23,14 @@ from server.version import program_version
 router = APIRouter()
 
 _CLIENT_CLOSED_REQUEST = 499
+_GUARDED = ("/v1", "/tokenize", "/detokenize")
 
 
 def create_app(state: ServerState) -> FastAPI:
     """Build the application around an engine that runs."""
     app = FastAPI(title="Vision-language model server", version=program_version(), root_path=state.args.root_path)
     app.state.server = state
-    for routes in (router, chat.router, completions.router, responses.router, tokenization.router):
+    for routes in (router, chat.router, completions.router, responses.router, messages.router, tokenization.router):
         app.include_router(routes)
     install_handlers(app)
     app.add_exception_handler(ClientGone, _client_gone)
@@ -42,7 +44,9 @@ def create_app(state: ServerState) -> FastAPI:
 
 
 class ApiKeyMiddleware:
-    """Asks for a key on every path that costs anything, and leaves it in the scope as `api_key`, bytes."""
+    """Asks for a key on every path that costs anything, in OpenAI's header or Anthropic's, and leaves the one that is
+    right in the scope as `api_key`, bytes.
+    """
 
     def __init__(self, app: ASGIApp, keys: list[str]) -> None:
         self._app = app
@@ -50,17 +54,24 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401, or go on (ASGI)."""
-        if scope["type"] == "http" and _is_guarded(scope):
-            scope["api_key"] = _given_key(scope)
-            if not self._is_known(scope["api_key"]):
+        if scope["type"] == "http" and is_below(scope, *_GUARDED):
+            scope["api_key"] = self._right_key(scope)
+            if scope["api_key"] is None:
                 error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-                await error.response()(scope, receive, send)
+                await error.response(scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _is_known(self, given: bytes) -> bool:
+    def _right_key(self, scope: Scope) -> bytes | None:
+        given = []
+        for name, value in scope["headers"]:
+            if name == b"authorization" and value[:7].lower() == b"bearer ":
+                given.append(value[7:].strip())
+            elif name == b"x-api-key":
+                given.append(value.strip())
         # Every key is compared, so that the time tells nothing about which one was nearly right.
-        return any([hmac.compare_digest(given, key) for key in self._keys])
+        right = [key for one in given for key in self._keys if hmac.compare_digest(one, key)]
+        return right[0] if right else None
 
 
 @router.get("/health")
@@ -108,20 +119,6 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
         "parent": None,
         "max_model_len": state.inputs.max_model_len,
     }
-
-
-def _given_key(scope: Scope) -> bytes:
-    given = b""
-    for name, value in scope["headers"]:
-        if name == b"authorization" and value[:7].lower() == b"bearer ":
-            given = value[7:].strip()
-    return given
-
-
-def _is_guarded(scope: Scope) -> bool:
-    """What is routed is the path below the root path, whether the proxy took that off or not: both are looked at."""
-    paths = (scope["path"], scope["path"].removeprefix(scope.get("root_path", "")))
-    return any(path == "/v1" or path.startswith(("/v1/", "/tokenize", "/detokenize")) for path in paths)
 
 
 async def _client_gone(request: Request, error: Exception) -> JSONResponse:

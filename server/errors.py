@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them."""
+"""Errors as OpenAI's clients expect them, or Anthropic's on that path."""
 
 import logging
 import re
@@ -10,8 +10,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from engine.errors import EngineDeadError, QueueFullError
+from server.paths import is_below
 from server.protocol import REQUEST_FIELDS
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,15 @@ _TYPES = {
     500: "server_error",
     503: "service_unavailable_error",
 }
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    500: "api_error",
+    503: "overloaded_error",
+}
+_UNION_TAGS = ("text", "image", "image_url", "base64", "url", "other")
+"""Of content parts and of the sources of images."""
 _RETRY_SECONDS = "1"
 _LONGEST_VALUE = 100
 
@@ -51,12 +62,20 @@ class ApiError(Exception):
         error = {"message": self.message or "error", "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
-    def response(self) -> JSONResponse:
-        """The whole answer."""
+    def anthropic_body(self) -> dict[str, Any]:
+        """Anthropic's object, which has no place but the message to name the field."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
+        is_named = self.param is None or self.message.startswith(self.param)
+        message = self.message if is_named else f"{self.param}: {self.message}"
+        return {"type": "error", "error": {"type": kind, "message": message or "error"}}
+
+    def response(self, scope: Scope) -> JSONResponse:
+        """The whole answer to a request, in the form that its path asks for."""
+        body = self.anthropic_body() if is_below(scope, "/v1/messages") else self.body()
         headers = {"Retry-After": _RETRY_SECONDS} if self.status == 503 else {}
         if self.status == 401:
             headers = {"WWW-Authenticate": "Bearer"}
-        return JSONResponse(self.body(), self.status, self.headers | headers)
+        return JSONResponse(body, self.status, self.headers | headers)
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:
@@ -106,10 +125,10 @@ def from_validation(error: ValidationError) -> ApiError:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Answer every exception, the framework's included, in one shape."""
+    """Answer every exception, the framework's included, in one shape a path."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
-        return from_exception(error).response()
+        return from_exception(error).response(request.scope)
 
     for kind in (ApiError, HTTPException, ValidationError, ValueError, QueueFullError, EngineDeadError, Exception):
         app.add_exception_handler(kind, handle)
@@ -122,10 +141,10 @@ def _named_field(message: str) -> str | None:
 
 
 def _fields(path: tuple[int | str, ...]) -> list[str]:
-    """Pydantic's path without the steps that name members of unions: types, and the kinds of content parts."""
+    """Pydantic's path without the steps that name members of unions: types, and kinds of parts and of sources."""
     kept: list[str] = []
     for before, step in zip(("", *path), path, strict=False):
-        is_kind = isinstance(before, int) and step in ("text", "image_url", "other")
+        is_kind = (isinstance(before, int) or before == "source") and step in _UNION_TAGS
         is_type = isinstance(step, str) and ("[" in step or step in ("str", "int"))
         if not is_kind and not is_type:
             kept.append(str(step))

@@ -75,17 +75,11 @@ class MediaFetcher:
         Raises:
             MediaError: the URL is refused, nothing answers in time, or it is not what it should be.
         """
-        scheme = url.partition(":")[0].lower()
+        scheme = self.check(url)
         if scheme == "data":
             return await self._fetch_data(url)
-        if len(url) > _MAX_URL_LENGTH:
-            raise MediaError(f"the image URL has {len(url)} characters: at most {_MAX_URL_LENGTH} are allowed")
         if scheme == "file":
             return await self._in_thread(self._read_file, url)
-        if scheme not in ("http", "https"):
-            raise MediaError(
-                f"an image URL that begins with {url[:10]!r} is not allowed: http:, https:, data: and file: are"
-            )
         started = time.monotonic()
         async with self._slots:
             try:
@@ -95,6 +89,25 @@ class MediaFetcher:
                 raise MediaError(f"the image could not be fetched within {self._limits.timeout_s:g} s") from None
         _observe(self._on_fetch, started)
         return data
+
+    def check(self, url: str) -> str:
+        """Look at the text of a URL alone, and give its scheme.
+
+        Raises:
+            MediaError: the URL is refused.
+        """
+        scheme = url.partition(":")[0].lower()
+        if scheme == "data":
+            return scheme
+        if len(url) > _MAX_URL_LENGTH:
+            raise MediaError(f"the image URL has {len(url)} characters: at most {_MAX_URL_LENGTH} are allowed")
+        if scheme not in ("http", "https", "file"):
+            raise MediaError(
+                f"an image URL that begins with {url[:10]!r} is not allowed: http:, https:, data: and file: are"
+            )
+        if scheme != "file":
+            self._parse(url)
+        return scheme
 
     async def _in_thread(self, function: Callable[[str], bytes], argument: str) -> bytes:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, argument)

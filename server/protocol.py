@@ -27,20 +27,20 @@ def _few(bias: Any) -> Any:
 _Bias = Annotated[dict[str, float], BeforeValidator(_few)]
 
 
-class _Model(BaseModel):
+class RequestModel(BaseModel):
     """Types are not guessed: a number in quotes is no number. Unknown fields are ignored, as OpenAI's clients need."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
 
-class StreamOptions(_Model):
+class StreamOptions(RequestModel):
     """What a stream tells beside its text."""
 
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
 
 
-class SamplingFields(_Model):
+class SamplingFields(RequestModel):
     """The fields that chat and completions share."""
 
     model: str | None = None
@@ -144,28 +144,28 @@ _NOT_SERVED = (
 )  # fmt: skip
 
 
-class TextPart(_Model):
+class TextPart(RequestModel):
     """A piece of text."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(_Model):
+class ImageUrl(RequestModel):
     """Where an image is."""
 
     url: str
     detail: Literal["auto", "low", "high"] | None = "auto"
 
 
-class ImagePart(_Model):
+class ImagePart(RequestModel):
     """An image."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class OtherPart(_Model):
+class OtherPart(RequestModel):
     """A kind of part that is not served; always an error."""
 
     type: Literal["text", "image_url"]
@@ -182,7 +182,7 @@ Part = Annotated[
 ]
 
 
-class Message(_Model):
+class Message(RequestModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -196,7 +196,7 @@ class Message(_Model):
         return self.model_dump(exclude_none=True)
 
 
-class TemplateFields(_Model):
+class TemplateFields(RequestModel):
     """How a conversation becomes a prompt."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -308,7 +308,7 @@ class CompletionRequest(SamplingFields):
 REQUEST_FIELDS = ChatCompletionRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
 
 
-class TokenizeTextRequest(_Model):
+class TokenizeTextRequest(RequestModel):
     """`POST /tokenize` with a text."""
 
     model: str | None = None
@@ -333,7 +333,7 @@ class TokenizeChatRequest(TemplateFields):
                 raise ValueError(f"{name} is not available for tokenizing messages")
 
 
-class DetokenizeRequest(_Model):
+class DetokenizeRequest(RequestModel):
     """`POST /detokenize`."""
 
     model: str | None = None

@@ -10,7 +10,7 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import from_exception
+from server.errors import ApiError, from_exception
 
 Result = TypeVar("Result")
 
@@ -28,8 +28,8 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
-    last_words = b"data: [DONE]\n\n"
-    """What is sent after the last event."""
+    end = b"data: [DONE]\n\n"
+    """What follows the last event."""
 
     def __init__(self, events: AsyncGenerator[dict[str, Any], None], resources: AsyncExitStack) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -50,31 +50,35 @@ class EventStream(Response):
             await asyncio.gather(sending, watching, return_exceptions=True)
             await self._resources.aclose()
 
+    def frame(self, event: dict[str, Any]) -> bytes:
+        """An event as it is sent."""
+        return b"data: " + _encoder.encode(event) + b"\n\n"
+
+    def error_event(self, error: ApiError) -> dict[str, Any]:
+        """What is sent of an error."""
+        return error.body()
+
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for event in self._events:
-                await _send_chunk(send, self.framed(event))
+                await _send_chunk(send, self.frame(event))
         except Exception as error:
-            await _send_chunk(send, self.framed(from_exception(error).body()))
+            await _send_chunk(send, self.frame(self.error_event(from_exception(error))))
         finally:
             await self._events.aclose()
-        await send({"type": "http.response.body", "body": self.last_words, "more_body": False})
-
-    def framed(self, event: dict[str, Any]) -> bytes:
-        """An event as it is sent."""
-        return b"data: " + _encoder.encode(event) + b"\n\n"
+        await send({"type": "http.response.body", "body": self.end, "more_body": False})
 
 
 class NamedEventStream(EventStream):
     """Server-sent events that have names: the `type` of each. The last one is known by its name."""
 
-    last_words = b""
+    end = b""
 
-    def framed(self, event: dict[str, Any]) -> bytes:
+    def frame(self, event: dict[str, Any]) -> bytes:
         """An event as it is sent."""
         name: str = event.get("type", "error")
-        return f"event: {name}\n".encode() + super().framed(event)
+        return f"event: {name}\n".encode() + super().frame(event)
 
 
 async def unless_client_goes(request: Request, work: Awaitable[Result]) -> Result:
