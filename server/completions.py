@@ -16,15 +16,19 @@ from engine.input_processor import ProcessedPrompt
 from engine.outputs import Delta, TokenLogprobs
 from engine.sampling_params import SamplingParams
 from server.generation import Answer, Usage, abort, prompt_logprobs_json, run, shown_logprob
+from server.openapi import describe_post
 from server.prompts import text_prompt
 from server.protocol import CompletionRequest
+from server.response_types import Completion, CompletionChunk
 from server.sse import EventStream, unless_client_goes
 from server.state import ServerState, read_body, state_of
 
 router = APIRouter()
 
 
-@router.post("/v1/completions")
+@router.post(
+    "/v1/completions", openapi_extra=describe_post(CompletionRequest, answer=Completion, event=CompletionChunk)
+)
 async def create_completion(request: Request) -> Response:
     """Continue one or several prompts, in one piece or as a stream."""
     arrived = time.monotonic()

@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from engine.sampling_params import MAX_LIST, SamplingParams
 
@@ -177,7 +178,9 @@ def _part_kind(value: Any) -> str:
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("text")] | Annotated[ImagePart, Tag("image_url")] | Annotated[OtherPart, Tag("other")],
+    Annotated[TextPart, Tag("text")]
+    | Annotated[ImagePart, Tag("image_url")]
+    | Annotated[SkipJsonSchema[OtherPart], Tag("other")],
     Discriminator(_part_kind),
 ]
 
