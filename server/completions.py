@@ -141,9 +141,7 @@ class _Completion:
                 self._usage.add(number, delta)
                 index = number * self._n + delta.index
                 if index not in begun and self._body.echo:
-                    text = self._prompts[number].text or ""
-                    offsets[index] = len(text)
-                    yield self._chunk(index, text, None)
+                    yield self._chunk(index, self._prompts[number].text or "", None)
                 first = index not in begun
                 begun.add(index)
                 if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
@@ -190,7 +188,8 @@ class _Completion:
         logprobs = None
         if self._body.logprobs is not None and delta.logprobs:
             logprobs = _logprobs(list(delta.logprobs), offsets[index])
-        offsets[index] += len(delta.text)
+            # Not the delta's text: a token's log probability comes when all of its text is out.
+            offsets[index] += sum(len(entry.text) for entry in delta.logprobs)
         chunk = self._chunk(index, delta.text, logprobs)
         choice = chunk["choices"][0]
         choice["finish_reason"] = delta.finish_reason
