@@ -19,7 +19,7 @@ _JINJA = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])  # to look w
 
 def find_template(config: EngineConfig, given: str | None, tokenizer: Any) -> str | None:
     """The template to use: what was given, else the checkpoint's, else LLaVA-1.5's for a LLaVA; None where there is
-    none.
+    none. As in transformers, the processor's chat_template.json comes before the tokenizer's own for a vision model.
 
     Raises:
         ModelLoadError: the checkpoint's template cannot be read.
@@ -35,11 +35,11 @@ def find_template(config: EngineConfig, given: str | None, tokenizer: Any) -> st
     own: str | dict[str, str] | None = tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default")
-    if own is None:
-        own = _old_template(config.model_path / "chat_template.json")
-    if own is None and config.vision is not None:
-        own = _LLAVA_TEMPLATE.read_text(encoding="utf-8")
-    return own
+    old = _old_template(config.model_path / "chat_template.json")
+    if config.vision is None:
+        return old if own is None else own
+    found = own if old is None else old
+    return _LLAVA_TEMPLATE.read_text(encoding="utf-8") if found is None else found
 
 
 def image_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -55,7 +55,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._template = template
         self._image_token = image_token
-        self._takes_parts = template is not None and self._probe()
+        self._takes_parts = template is not None and self._shows_parts()
+        self._takes_strings = template is not None and _PROBE in self._probe(_PROBE)
 
     def render(
         self,
@@ -102,28 +103,36 @@ class ChatTemplate:
         texts = [part["text"] for part in parts if part.get("type") == "text"]
         if self._image_token is not None and any(self._image_token in text for text in texts):
             raise ValueError(f"a message holds the text {self._image_token!r}, which stands for an image")
+        if self._takes_strings and len(parts) == len(texts) == 1:
+            # Templates that take both may take parts in the user's messages only.
+            return {**message, "content": texts[0]}
         if self._takes_parts:
             shown = [{"type": "image"} if part.get("type") in IMAGE_TYPES else part for part in parts]
             return {**message, "content": shown}
         images = f"{self._image_token}\n" * len(image_parts(message))
         return {**message, "content": images + "\n".join(texts)}
 
-    def _probe(self) -> bool:
+    def _shows_parts(self) -> bool:
         """Whether the template renders a list of parts; one that does not prints it, fails on it or skips images."""
         parts = [{"type": "text", "text": _PROBE}]
         if self._image_token is not None:
             parts.insert(0, {"type": "image"})
+        rendered = self._probe(parts)
+        shown = self._image_token is None or self._image_token in rendered
+        return shown and _PROBE in rendered and "'type'" not in rendered and '"type"' not in rendered
+
+    def _probe(self, content: Any) -> str:
+        """A user's message as the template renders it; nothing where it fails."""
         try:
             rendered = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": parts}],
+                [{"role": "user", "content": content}],
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=True,
             )
         except Exception:  # a template may fail in any way on what it was not written for
-            return False
-        shown = self._image_token is None or self._image_token in rendered
-        return shown and _PROBE in rendered and "'type'" not in rendered
+            return ""
+        return str(rendered)
 
 
 def read_template(given: str) -> str:

@@ -10,12 +10,14 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server import chat, completions, messages, responses, tokenization
 from server.errors import ApiError, install_handlers
+from server.openapi import ABOUT, DescribedApp, describe_get
 from server.paths import is_below
+from server.response_types import Model, ModelList, Versions
 from server.sse import ClientGone
 from server.state import ServerState, state_of
 from server.version import program_version
@@ -28,7 +30,13 @@ _GUARDED = ("/v1", "/tokenize", "/detokenize")
 
 def create_app(state: ServerState) -> FastAPI:
     """Build the application around an engine that runs."""
-    app = FastAPI(title="Vision-language model server", version=program_version(), root_path=state.args.root_path)
+    app = DescribedApp(
+        title="Vision-language model server",
+        description=ABOUT,
+        version=program_version(),
+        root_path=state.args.root_path,
+    )
+    app.needs_key = bool(state.args.api_key)
     app.state.server = state
     for routes in (router, chat.router, completions.router, responses.router, messages.router, tokenization.router):
         app.include_router(routes)
@@ -74,7 +82,7 @@ class ApiKeyMiddleware:
         return right[0] if right else None
 
 
-@router.get("/health")
+@router.get("/health", response_class=Response, openapi_extra=describe_get(errors=(503,)))
 async def health(request: Request) -> Response:
     """200 when a request would be served."""
     state = state_of(request)
@@ -83,26 +91,26 @@ async def health(request: Request) -> Response:
     return Response()
 
 
-@router.get("/version")
+@router.get("/version", openapi_extra=describe_get(Versions))
 async def versions() -> dict[str, str]:
     """Versions of this program and of what it stands on."""
     return {"version": program_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus text."""
     return Response(state_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", openapi_extra=describe_get(ModelList, errors=(401,)))
 async def models(request: Request) -> dict[str, Any]:
     """The names under which the model is served."""
     state = state_of(request)
     return {"object": "list", "data": [_model(state, name) for name in state.config.served_names]}
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", openapi_extra=describe_get(Model, errors=(401, 404)))
 async def model(request: Request, name: str) -> dict[str, Any]:
     """One of them."""
     state = state_of(request)

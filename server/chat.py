@@ -14,15 +14,20 @@ from engine.client import ResponseStream
 from engine.input_processor import ProcessedPrompt
 from engine.outputs import Delta, TokenLogprobs
 from server.generation import Answer, Usage, abort, prompt_logprobs_json, run, shown_logprob
+from server.openapi import describe_post
 from server.prompts import chat_prompt
 from server.protocol import ChatCompletionRequest
+from server.response_types import ChatCompletion, ChatCompletionChunk
 from server.sse import EventStream, unless_client_goes
 from server.state import ServerState, read_body, state_of
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions")
+@router.post(
+    "/v1/chat/completions",
+    openapi_extra=describe_post(ChatCompletionRequest, answer=ChatCompletion, event=ChatCompletionChunk),
+)
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, in one piece or as a stream."""
     arrived = time.monotonic()

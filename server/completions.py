@@ -16,15 +16,19 @@ from engine.input_processor import ProcessedPrompt
 from engine.outputs import Delta, TokenLogprobs
 from engine.sampling_params import SamplingParams
 from server.generation import Answer, Usage, abort, prompt_logprobs_json, run, shown_logprob
+from server.openapi import describe_post
 from server.prompts import text_prompt
 from server.protocol import CompletionRequest
+from server.response_types import Completion, CompletionChunk
 from server.sse import EventStream, unless_client_goes
 from server.state import ServerState, read_body, state_of
 
 router = APIRouter()
 
 
-@router.post("/v1/completions")
+@router.post(
+    "/v1/completions", openapi_extra=describe_post(CompletionRequest, answer=Completion, event=CompletionChunk)
+)
 async def create_completion(request: Request) -> Response:
     """Continue one or several prompts, in one piece or as a stream."""
     arrived = time.monotonic()
@@ -137,9 +141,7 @@ class _Completion:
                 self._usage.add(number, delta)
                 index = number * self._n + delta.index
                 if index not in begun and self._body.echo:
-                    text = self._prompts[number].text or ""
-                    offsets[index] = len(text)
-                    yield self._chunk(index, text, None)
+                    yield self._chunk(index, self._prompts[number].text or "", None)
                 first = index not in begun
                 begun.add(index)
                 if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
@@ -186,7 +188,8 @@ class _Completion:
         logprobs = None
         if self._body.logprobs is not None and delta.logprobs:
             logprobs = _logprobs(list(delta.logprobs), offsets[index])
-        offsets[index] += len(delta.text)
+            # Not the delta's text: a token's log probability comes when all of its text is out.
+            offsets[index] += sum(len(entry.text) for entry in delta.logprobs)
         chunk = self._chunk(index, delta.text, logprobs)
         choice = chunk["choices"][0]
         choice["finish_reason"] = delta.finish_reason

@@ -3,8 +3,9 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic.json_schema import SkipJsonSchema
 
-from engine.sampling_params import MAX_LIST, SamplingParams
+from engine.sampling_params import MAX_COUNT, MAX_LIST, SamplingParams
 
 MAX_MESSAGES = 1024
 MAX_PARTS = 1024
@@ -65,7 +66,7 @@ class SamplingFields(RequestModel):
     skip_special_tokens: bool | None = None
     bad_words: _Texts | None = None
     allowed_token_ids: _Ids | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
@@ -177,7 +178,9 @@ def _part_kind(value: Any) -> str:
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("text")] | Annotated[ImagePart, Tag("image_url")] | Annotated[OtherPart, Tag("other")],
+    Annotated[TextPart, Tag("text")]
+    | Annotated[ImagePart, Tag("image_url")]
+    | Annotated[SkipJsonSchema[OtherPart], Tag("other")],
     Discriminator(_part_kind),
 ]
 

@@ -6,8 +6,10 @@ from fastapi import APIRouter, Request
 from pydantic import RootModel
 
 from server.errors import bad_request, blaming
+from server.openapi import describe_post
 from server.prompts import render
 from server.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
+from server.response_types import Text, Tokens
 from server.state import ServerState, read_body, state_of
 
 router = APIRouter()
@@ -17,7 +19,7 @@ class _TokenizeRequest(RootModel[dict[str, Any]]):
     """Either kind; which one is seen by its fields."""
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", openapi_extra=describe_post(TokenizeTextRequest, TokenizeChatRequest, answer=Tokens))
 async def tokenize(request: Request) -> dict[str, Any]:
     """The token ids of a text or of a conversation, image tokens counted in."""
     state = state_of(request)
@@ -37,7 +39,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
     }
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", openapi_extra=describe_post(DetokenizeRequest, answer=Text))
 async def detokenize(request: Request) -> dict[str, str]:
     """The text of token ids."""
     state = state_of(request)

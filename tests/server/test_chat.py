@@ -358,6 +358,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, tuple[object, ...]]] = [
     ({"prompt_logprobs": 21}, "prompt_logprobs", (21, 20)),
     ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", ("stream",)),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", (0, 1)),
+    ({"truncate_prompt_tokens": 2**31}, "truncate_prompt_tokens", (2**31 - 1,)),
     ({"priority": 2**40}, "priority", (2**40, 2**31)),
     ({"cache_salt": ""}, "cache_salt", (1,)),
     ({"stream": "yes"}, "stream", ("boolean", "'yes'")),

@@ -177,6 +177,14 @@ def test_joined_stream_is_the_plain_response(server: Server, fields: dict[str, A
                 assert found == choice["logprobs"][key]
 
 
+def test_text_offsets_of_a_stream_that_holds_back_the_end_of_a_token(server: Server) -> None:
+    whole = complete(server, logprobs=0)["choices"][0]["logprobs"]
+    token = next(token for token in whole["tokens"][2:-2] if len(token) > 2)
+    chunks = events(server, logprobs=0, stop=token[1:] + "\0never")
+    found = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [offset for part in found if part for offset in part["text_offset"]] == whole["text_offset"]
+
+
 def test_truncation_and_special_tokens(server: Server, ids: list[int]) -> None:
     choice = complete(server, truncate_prompt_tokens=4, return_token_ids=True)["choices"][0]
     assert choice["prompt_token_ids"] == ids[-4:]

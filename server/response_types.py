@@ -1,0 +1,269 @@
+"""What the endpoints answer, for the description at /openapi.json.
+
+The handlers build these objects as plain dictionaries, since they make one for each token. Every key is named here: a
+key that is not always there is `NotRequired`, and other keys do not come.
+"""
+
+from typing import Literal, NotRequired
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
+
+_closed = with_config(ConfigDict(extra="forbid"))
+
+Finish = Literal["stop", "length"]
+
+
+@_closed
+class PromptTokensDetails(TypedDict):
+    """What the prompt's tokens were."""
+
+    cached_tokens: int
+    image_tokens: int
+
+
+@_closed
+class Usage(TypedDict):
+    """Token counts; expanded image tokens count as prompt tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+@_closed
+class PromptLogprob(TypedDict):
+    """One candidate for a position of the prompt."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""For each prompt token a table by token id; null for the first."""
+
+
+@_closed
+class TopLogprob(TypedDict):
+    """One of the most probable tokens."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+@_closed
+class TokenLogprob(TypedDict):
+    """A token of the answer and its rivals."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+@_closed
+class ChatLogprobs(TypedDict):
+    """The answer's tokens; they join to its text."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+@_closed
+class ChatMessage(TypedDict):
+    """An answer."""
+
+    role: str
+    content: str
+    refusal: None
+
+
+@_closed
+class ChatChoice(TypedDict):
+    """One of the `n` answers."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Finish
+    stop_reason: int | str | None
+    token_ids: NotRequired[list[int]]
+
+
+@_closed
+class ChatCompletion(TypedDict):
+    """The answer to a chat request in one piece."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_logprobs: NotRequired[PromptLogprobs]
+    prompt_token_ids: NotRequired[list[int]]
+
+
+@_closed
+class ChatDelta(TypedDict):
+    """What comes new of an answer."""
+
+    role: NotRequired[str]
+    content: NotRequired[str]
+
+
+@_closed
+class ChatChunkChoice(TypedDict):
+    """A piece of one of the `n` answers."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Finish | None
+    stop_reason: NotRequired[int | str | None]
+    token_ids: NotRequired[list[int]]
+
+
+@_closed
+class ChatCompletionChunk(TypedDict):
+    """A piece of a chat answer; the last one, with the usage, has no choices."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+    prompt_token_ids: NotRequired[list[int]]
+
+
+@_closed
+class CompletionLogprobs(TypedDict):
+    """Four lists of equal length; null stands for what the first token of an echoed prompt does not have."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+@_closed
+class CompletionChoice(TypedDict):
+    """One of a prompt's `n` answers."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Finish
+    stop_reason: int | str | None
+    prompt_logprobs: NotRequired[PromptLogprobs]
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+
+
+@_closed
+class Completion(TypedDict):
+    """The continuation of the prompts in one piece."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+@_closed
+class CompletionChunkChoice(TypedDict):
+    """A piece of one of a prompt's `n` answers."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Finish | None
+    stop_reason: NotRequired[int | str | None]
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+
+
+@_closed
+class CompletionChunk(TypedDict):
+    """A piece of the continuations; the last one, with the usage, has no choices."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+@_closed
+class Tokens(TypedDict):
+    """The tokens of a text or of a conversation."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+@_closed
+class Text(TypedDict):
+    """The text of tokens."""
+
+    prompt: str
+
+
+@_closed
+class Model(TypedDict):
+    """A name under which the model is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int
+
+
+@_closed
+class ModelList(TypedDict):
+    """All of them."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+@_closed
+class Versions(TypedDict):
+    """Of this program and of what it stands on."""
+
+    version: str
+    torch: str
+    transformers: str
+
+
+@_closed
+class Error(TypedDict):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+@_closed
+class ErrorResponse(TypedDict):
+    """Every answer other than 200."""
+
+    error: Error

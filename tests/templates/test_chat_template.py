@@ -1,0 +1,178 @@
+"""Prompts by templates of the public kinds are those of Hugging Face's own rendering, token for token."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine.args import EngineArgs
+from engine.chat_template import ChatTemplate, find_template
+from engine.config import create_config
+from engine.input_processor import InputProcessor
+from tests.conftest import MakeCheckpoint
+from tests.random_tokenizer import BOS_ID, IMAGE_ID
+
+FOLDER = Path(__file__).parent
+LLAVA = FOLDER.parents[1] / "templates" / "template_llava.jinja"
+Message = dict[str, Any]
+
+SYSTEM, QUESTION, ANSWER, LAST = "Be brief.", "What is this, é?", "A cat.", "Its colour?"
+# By template: whether it wants parts, and what it makes of the conversation below.
+TEMPLATES: dict[Path, tuple[bool, str]] = {
+    LLAVA: (True, "Be brief. USER: <image>\nWhat is this, é? ASSISTANT: A cat.</s>USER: Its colour? ASSISTANT:"),
+    FOLDER / "llava_next_mistral.jinja": (
+        True,
+        "<<SYS>>\nBe brief.\n<</SYS>>\n\n[INST] <image>\nWhat is this, é? [/INST] A cat.</s>[INST] Its colour? [/INST]",
+    ),
+    FOLDER / "llava_next_vicuna.jinja": (
+        True,
+        "Be brief. USER: <image>\nWhat is this, é? ASSISTANT: A cat. USER: Its colour? ASSISTANT:",
+    ),
+    FOLDER / "llama3.jinja": (
+        False,
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is this, é?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA cat.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nIts colour?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    FOLDER / "llama3_vision.jinja": (
+        True,
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nWhat is this, é?<image><|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA cat.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nIts colour?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    FOLDER / "chatml.jinja": (
+        False,
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\nWhat is this, é?<|im_end|>\n"
+        "<|im_start|>assistant\nA cat.<|im_end|>\n<|im_start|>user\nIts colour?<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    FOLDER / "chatml_parts.jinja": (
+        True,
+        "<|im_start|>system \nBe brief.<|im_end|><|im_start|>user <image>\n\nWhat is this, é?<|im_end|>"
+        "<|im_start|>assistant \nA cat.<|im_end|><|im_start|>user \nIts colour?<|im_end|><|im_start|>assistant\n",
+    ),
+}
+FILES = pytest.mark.parametrize("file", TEMPLATES, ids=lambda file: file.stem)
+
+
+@pytest.fixture(scope="module")
+def inputs(checkpoint: MakeCheckpoint) -> InputProcessor:
+    return InputProcessor(create_config(EngineArgs(model=str(checkpoint()), device="cpu")), 2048)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(inputs: InputProcessor) -> Any:
+    return inputs.tokenizer
+
+
+def text(value: str) -> Message:
+    return {"type": "text", "text": value}
+
+
+def conversation(*, parts: bool, image: bool = True) -> list[Message]:
+    """Texts as parts or as strings; the image is a part in any case, as clients send it."""
+    picture: list[Message] = [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}] if image else []
+    turns = [("system", SYSTEM), ("user", QUESTION), ("assistant", ANSWER), ("user", LAST)]
+    messages = [{"role": role, "content": [text(said)] if parts else said} for role, said in turns]
+    if image:
+        messages[1]["content"] = [text(QUESTION), *picture]
+    return messages
+
+
+def native(messages: list[Message], *, parts: bool) -> list[Message]:
+    """Messages in the form that a template was written for, from ones whose contents are parts."""
+    shown = []
+    for message in messages:
+        content = message["content"]
+        images = sum(part["type"] != "text" for part in content)
+        said = "".join(part["text"] for part in content if part["type"] == "text")
+        as_parts = [part if part["type"] == "text" else {"type": "image"} for part in content]
+        made: Any = as_parts if parts else "<image>\n" * images + said
+        shown.append({"role": message["role"], "content": made})
+    return shown
+
+
+def rendered(tokenizer: Any, file: Path, messages: list[Message], **options: Any) -> str:
+    return ChatTemplate(tokenizer, file.read_text(), "<image>").render(messages, **options)
+
+
+def reference(tokenizer: Any, file: Path, messages: list[Message], *, tokenize: bool = False, **options: Any) -> Any:
+    """Hugging Face's rendering, as a text or as token ids."""
+    source, parts = file.read_text(), TEMPLATES[file][0]
+    shown = native(messages, parts=parts)
+    if file.stem == "llama3_vision":  # takes the system message for a string
+        shown[0]["content"] = SYSTEM
+    return tokenizer.apply_chat_template(shown, chat_template=source, tokenize=tokenize, return_dict=False, **options)
+
+
+@FILES
+def test_golden(tokenizer: Any, file: Path) -> None:
+    wanted = TEMPLATES[file][1]
+    assert rendered(tokenizer, file, conversation(parts=True)) == wanted
+    assert rendered(tokenizer, file, conversation(parts=False)) == wanted
+
+
+@FILES
+@pytest.mark.parametrize("image", [True, False])
+def test_token_ids_are_those_of_transformers(inputs: InputProcessor, file: Path, image: bool) -> None:
+    """With one BOS, whether the template writes it or not."""
+    messages = conversation(parts=True, image=image)
+    wanted = reference(inputs.tokenizer, file, messages, tokenize=True, add_generation_prompt=True)
+    if wanted[0] != BOS_ID:
+        wanted = [BOS_ID, *wanted]
+    found = inputs.encode(rendered(inputs.tokenizer, file, messages))
+    assert found == wanted
+    assert found.count(BOS_ID) == 1 and found.count(IMAGE_ID) == image
+
+
+@FILES
+@pytest.mark.parametrize("image", [True, False])
+def test_a_string_is_one_part_of_text(tokenizer: Any, file: Path, image: bool) -> None:
+    as_parts, as_strings = (
+        rendered(tokenizer, file, conversation(parts=parts, image=image), add_generation_prompt=False)
+        for parts in (True, False)
+    )
+    assert as_parts == as_strings
+
+
+@FILES
+def test_continued_answer(tokenizer: Any, file: Path) -> None:
+    for parts in (True, False):
+        messages = conversation(parts=parts)[:3]
+        options = {"add_generation_prompt": False, "continue_final_message": True}
+        found = rendered(tokenizer, file, messages, **options)
+        wanted = reference(tokenizer, file, conversation(parts=True)[:3], **options)
+        assert found == wanted
+        assert found.endswith(ANSWER)
+
+
+@FILES
+def test_parts_are_joined_by_the_template_that_takes_them(tokenizer: Any, file: Path) -> None:
+    """One that takes strings gets a line for each part."""
+    messages = [{"role": "user", "content": [text("one"), text("two")]}]
+    takes_parts = TEMPLATES[file][0]
+    shown = messages if takes_parts else [{"role": "user", "content": "one\ntwo"}]
+    wanted = tokenizer.apply_chat_template(
+        shown, chat_template=file.read_text(), tokenize=False, add_generation_prompt=True
+    )
+    assert rendered(tokenizer, file, messages) == wanted
+
+
+@pytest.mark.parametrize("source", ["{{ messages[0].content }}", "{{ messages[0].content | tojson }}"])
+def test_a_list_that_is_printed_was_not_understood(tokenizer: Any, source: str) -> None:
+    said = ChatTemplate(tokenizer, source, None).render([{"role": "user", "content": [text("Hi"), text("you")]}])
+    assert said.strip('"') in ("Hi\nyou", "Hi\\nyou")
+
+
+@pytest.mark.parametrize(("vision", "wanted"), [(object(), "processor's"), (None, "tokenizer's")])
+def test_the_processor_s_template_is_that_of_a_vision_model(tmp_path: Path, vision: Any, wanted: str) -> None:
+    """Transformers takes chat_template.json for processors only, and before the tokenizer's template."""
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "processor's"}))
+    config: Any = SimpleNamespace(model_path=tmp_path, vision=vision)
+    assert find_template(config, None, SimpleNamespace(chat_template="tokenizer's")) == wanted
+    assert find_template(config, None, SimpleNamespace(chat_template=None)) == "processor's"
