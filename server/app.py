@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server import chat, completions, messages, responses, tokenization
 from server.errors import ApiError, install_handlers
-from server.openapi import ABOUT, DescribedApp, describe_get
+from server.openapi import ABOUT, DescribedApp, describe
 from server.paths import is_below
 from server.response_types import Model, ModelList, Versions
 from server.sse import ClientGone
@@ -82,7 +82,7 @@ class ApiKeyMiddleware:
         return right[0] if right else None
 
 
-@router.get("/health", response_class=Response, openapi_extra=describe_get(errors=(503,)))
+@router.get("/health", response_class=Response, openapi_extra=describe(errors=(503,)))
 async def health(request: Request) -> Response:
     """200 when a request would be served."""
     state = state_of(request)
@@ -91,7 +91,7 @@ async def health(request: Request) -> Response:
     return Response()
 
 
-@router.get("/version", openapi_extra=describe_get(Versions))
+@router.get("/version", openapi_extra=describe(Versions))
 async def versions() -> dict[str, str]:
     """Versions of this program and of what it stands on."""
     return {"version": program_version(), "torch": torch.__version__, "transformers": transformers.__version__}
@@ -103,14 +103,14 @@ async def metrics(request: Request) -> Response:
     return Response(state_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/v1/models", openapi_extra=describe_get(ModelList, errors=(401,)))
+@router.get("/v1/models", openapi_extra=describe(ModelList, errors=(401,)))
 async def models(request: Request) -> dict[str, Any]:
     """The names under which the model is served."""
     state = state_of(request)
     return {"object": "list", "data": [_model(state, name) for name in state.config.served_names]}
 
 
-@router.get("/v1/models/{name:path}", openapi_extra=describe_get(Model, errors=(401, 404)))
+@router.get("/v1/models/{name:path}", openapi_extra=describe(Model, errors=(401, 404)))
 async def model(request: Request, name: str) -> dict[str, Any]:
     """One of them."""
     state = state_of(request)

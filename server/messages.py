@@ -13,7 +13,9 @@ from starlette.responses import Response
 from server.chat import Chat, start_chat
 from server.errors import ApiError, blaming
 from server.generation import Answer
+from server.messages_answer import MessageErrorResponse, MessageObject, MessageStreamEvent, TokenCount
 from server.messages_protocol import CountTokensRequest, MessagesRequest
+from server.openapi import describe_post
 from server.prompts import render
 from server.protocol import TemplateFields
 from server.sse import NamedEventStream, unless_client_goes
@@ -24,7 +26,12 @@ router = APIRouter()
 _STOP_REASONS = {None: None, "stop": "end_turn", "length": "max_tokens"}
 
 
-@router.post("/v1/messages")
+@router.post(
+    "/v1/messages",
+    openapi_extra=describe_post(
+        MessagesRequest, answer=MessageObject, event=MessageStreamEvent, is_named=True, error=MessageErrorResponse
+    ),
+)
 async def create_message(request: Request) -> Response:
     """Answer a conversation, in one piece or as a stream."""
     arrived = time.monotonic()
@@ -40,7 +47,10 @@ async def create_message(request: Request) -> Response:
         return MessageStream(reply.events(), stack.pop_all())
 
 
-@router.post("/v1/messages/count_tokens")
+@router.post(
+    "/v1/messages/count_tokens",
+    openapi_extra=describe_post(CountTokensRequest, answer=TokenCount, error=MessageErrorResponse),
+)
 async def count_tokens(request: Request) -> dict[str, int]:
     """How many tokens the same conversation's prompt has, images included."""
     state = state_of(request)

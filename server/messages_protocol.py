@@ -54,7 +54,7 @@ class ImageBlock(RequestModel):
 Block = Annotated[TextPart | ImageBlock, Field(discriminator="type")]
 
 
-class InputMessage(RequestModel):
+class MessageParam(RequestModel):
     """A turn of a conversation, or a piece of one."""
 
     role: Literal["user", "assistant"]
@@ -71,7 +71,7 @@ class CountTokensRequest(RequestModel):
     """`POST /v1/messages/count_tokens`: what makes up a prompt."""
 
     model: str
-    messages: Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Annotated[list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     thinking: dict[str, Any] | None = None
     tool_choice: dict[str, Any] | None = None

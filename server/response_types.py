@@ -1,4 +1,4 @@
-"""What the endpoints answer, for the description at /openapi.json.
+"""What most endpoints answer, for the description at /openapi.json; the newer ones have files of their own.
 
 The handlers build these objects as plain dictionaries, since they make one for each token. Every key is named here: a
 key that is not always there is `NotRequired`, and other keys do not come.
@@ -9,12 +9,13 @@ from typing import Literal, NotRequired
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
-_closed = with_config(ConfigDict(extra="forbid"))
+closed = with_config(ConfigDict(extra="forbid"))
+"""Decorates the types of objects that hold no other keys."""
 
 Finish = Literal["stop", "length"]
 
 
-@_closed
+@closed
 class PromptTokensDetails(TypedDict):
     """What the prompt's tokens were."""
 
@@ -22,7 +23,7 @@ class PromptTokensDetails(TypedDict):
     image_tokens: int
 
 
-@_closed
+@closed
 class Usage(TypedDict):
     """Token counts; expanded image tokens count as prompt tokens."""
 
@@ -32,7 +33,7 @@ class Usage(TypedDict):
     prompt_tokens_details: PromptTokensDetails
 
 
-@_closed
+@closed
 class PromptLogprob(TypedDict):
     """One candidate for a position of the prompt."""
 
@@ -45,7 +46,7 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 """For each prompt token a table by token id; null for the first."""
 
 
-@_closed
+@closed
 class TopLogprob(TypedDict):
     """One of the most probable tokens."""
 
@@ -54,7 +55,7 @@ class TopLogprob(TypedDict):
     bytes: list[int]
 
 
-@_closed
+@closed
 class TokenLogprob(TypedDict):
     """A token of the answer and its rivals."""
 
@@ -64,7 +65,7 @@ class TokenLogprob(TypedDict):
     top_logprobs: list[TopLogprob]
 
 
-@_closed
+@closed
 class ChatLogprobs(TypedDict):
     """The answer's tokens; they join to its text."""
 
@@ -72,7 +73,7 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
-@_closed
+@closed
 class ChatMessage(TypedDict):
     """An answer."""
 
@@ -81,7 +82,7 @@ class ChatMessage(TypedDict):
     refusal: None
 
 
-@_closed
+@closed
 class ChatChoice(TypedDict):
     """One of the `n` answers."""
 
@@ -93,7 +94,7 @@ class ChatChoice(TypedDict):
     token_ids: NotRequired[list[int]]
 
 
-@_closed
+@closed
 class ChatCompletion(TypedDict):
     """The answer to a chat request in one piece."""
 
@@ -108,7 +109,7 @@ class ChatCompletion(TypedDict):
     prompt_token_ids: NotRequired[list[int]]
 
 
-@_closed
+@closed
 class ChatDelta(TypedDict):
     """What comes new of an answer."""
 
@@ -116,7 +117,7 @@ class ChatDelta(TypedDict):
     content: NotRequired[str]
 
 
-@_closed
+@closed
 class ChatChunkChoice(TypedDict):
     """A piece of one of the `n` answers."""
 
@@ -128,7 +129,7 @@ class ChatChunkChoice(TypedDict):
     token_ids: NotRequired[list[int]]
 
 
-@_closed
+@closed
 class ChatCompletionChunk(TypedDict):
     """A piece of a chat answer; the last one, with the usage, has no choices."""
 
@@ -142,7 +143,7 @@ class ChatCompletionChunk(TypedDict):
     prompt_token_ids: NotRequired[list[int]]
 
 
-@_closed
+@closed
 class CompletionLogprobs(TypedDict):
     """Four lists of equal length; null stands for what the first token of an echoed prompt does not have."""
 
@@ -152,7 +153,7 @@ class CompletionLogprobs(TypedDict):
     text_offset: list[int]
 
 
-@_closed
+@closed
 class CompletionChoice(TypedDict):
     """One of a prompt's `n` answers."""
 
@@ -166,7 +167,7 @@ class CompletionChoice(TypedDict):
     prompt_token_ids: NotRequired[list[int]]
 
 
-@_closed
+@closed
 class Completion(TypedDict):
     """The continuation of the prompts in one piece."""
 
@@ -179,7 +180,7 @@ class Completion(TypedDict):
     usage: Usage
 
 
-@_closed
+@closed
 class CompletionChunkChoice(TypedDict):
     """A piece of one of a prompt's `n` answers."""
 
@@ -192,7 +193,7 @@ class CompletionChunkChoice(TypedDict):
     prompt_token_ids: NotRequired[list[int]]
 
 
-@_closed
+@closed
 class CompletionChunk(TypedDict):
     """A piece of the continuations; the last one, with the usage, has no choices."""
 
@@ -205,7 +206,7 @@ class CompletionChunk(TypedDict):
     usage: NotRequired[Usage | None]
 
 
-@_closed
+@closed
 class Tokens(TypedDict):
     """The tokens of a text or of a conversation."""
 
@@ -215,14 +216,14 @@ class Tokens(TypedDict):
     token_strs: list[str] | None
 
 
-@_closed
+@closed
 class Text(TypedDict):
     """The text of tokens."""
 
     prompt: str
 
 
-@_closed
+@closed
 class Model(TypedDict):
     """A name under which the model is served."""
 
@@ -235,7 +236,7 @@ class Model(TypedDict):
     max_model_len: int
 
 
-@_closed
+@closed
 class ModelList(TypedDict):
     """All of them."""
 
@@ -243,7 +244,7 @@ class ModelList(TypedDict):
     data: list[Model]
 
 
-@_closed
+@closed
 class Versions(TypedDict):
     """Of this program and of what it stands on."""
 
@@ -252,7 +253,7 @@ class Versions(TypedDict):
     transformers: str
 
 
-@_closed
+@closed
 class Error(TypedDict):
     """What went wrong."""
 
@@ -262,7 +263,7 @@ class Error(TypedDict):
     code: str | None
 
 
-@_closed
+@closed
 class ErrorResponse(TypedDict):
     """Every answer other than 200."""
 

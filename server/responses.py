@@ -16,8 +16,10 @@ from starlette.responses import Response
 from server.chat import Chat, logprob_json, start_chat
 from server.errors import ApiError, bad_request, from_exception
 from server.generation import Answer, Usage
+from server.openapi import describe, describe_post
 from server.protocol import Message
 from server.response_store import StoredResponse
+from server.responses_answer import DeletedResponse, ResponseObject, ResponseStreamEvent
 from server.responses_protocol import ResponsesRequest
 from server.sse import NamedEventStream, unless_client_goes
 from server.state import ServerState, check_size, read_body, state_of
@@ -33,7 +35,10 @@ _PLACE = {"output_index": 0, "content_index": 0}
 """A response is one message of one part."""
 
 
-@router.post("/v1/responses")
+@router.post(
+    "/v1/responses",
+    openapi_extra=describe_post(ResponsesRequest, answer=ResponseObject, event=ResponseStreamEvent, is_named=True),
+)
 async def create_response(request: Request) -> Response:
     """Answer a conversation, in one piece or as a stream."""
     arrived = time.monotonic()
@@ -48,7 +53,7 @@ async def create_response(request: Request) -> Response:
         return NamedEventStream(reply.events(), stack.pop_all())
 
 
-@router.get("/v1/responses/{name}")
+@router.get("/v1/responses/{name}", openapi_extra=describe(ResponseObject, errors=(400, 401, 404)))
 async def get_response(request: Request, name: str) -> Response:
     """A response that was kept, as it was answered."""
     for query, value in request.query_params.items():
@@ -60,7 +65,7 @@ async def get_response(request: Request, name: str) -> Response:
     return Response(stored.response, media_type="application/json")
 
 
-@router.delete("/v1/responses/{name}")
+@router.delete("/v1/responses/{name}", openapi_extra=describe(DeletedResponse, errors=(401, 404)))
 async def delete_response(request: Request, name: str) -> dict[str, Any]:
     """Forget a response; those after it cannot be continued any more."""
     with _missing(404, "response_id", name):

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
+from pydantic.json_schema import SkipJsonSchema
 
 from server.errors import bad_request
 from server.protocol import (
@@ -13,6 +14,7 @@ from server.protocol import (
     ImageUrl,
     Message,
     Part,
+    RequestModel,
     SamplingFields,
     StreamOptions,
     TextPart,
@@ -31,13 +33,7 @@ _SERVED: dict[str, tuple[Any, ...]] = {
 _AROUND_CHAT = {"stream", "stream_options", "store", "metadata", "user"}
 
 
-class _Model(BaseModel):
-    """As strict as every request."""
-
-    model_config = SamplingFields.model_config
-
-
-class InputText(_Model):
+class InputText(RequestModel):
     """A piece of text, of the client or of an earlier answer."""
 
     type: Literal["input_text", "output_text"]
@@ -48,7 +44,7 @@ class InputText(_Model):
         return TextPart(type="text", text=self.text)
 
 
-class InputImage(_Model):
+class InputImage(RequestModel):
     """An image."""
 
     type: Literal["input_image"]
@@ -61,7 +57,7 @@ class InputImage(_Model):
         return ImagePart(type="image_url", image_url=ImageUrl(url=self.image_url, detail=self.detail))
 
 
-class OtherInput(_Model):
+class OtherInput(RequestModel):
     """A kind of part that is not served; always an error."""
 
     type: Literal["input_text", "output_text", "input_image"]
@@ -77,12 +73,14 @@ def _part_kind(value: Any) -> str:
 
 
 InputPart = Annotated[
-    Annotated[InputText, Tag("text")] | Annotated[InputImage, Tag("image_url")] | Annotated[OtherInput, Tag("other")],
+    Annotated[InputText, Tag("text")]
+    | Annotated[InputImage, Tag("image_url")]
+    | Annotated[SkipJsonSchema[OtherInput], Tag("other")],
     Discriminator(_part_kind),
 ]
 
 
-class InputMessage(_Model):
+class InputMessage(RequestModel):
     """One turn of a conversation: the only kind of item that is served."""
 
     type: Literal["message"] | None = "message"
@@ -96,7 +94,7 @@ class InputMessage(_Model):
         return Message(role=self.role, content=content)
 
 
-class TextConfig(_Model):
+class TextConfig(RequestModel):
     """The form of the answer."""
 
     format: dict[str, Any] | None = None

@@ -77,7 +77,7 @@ class NamedEventStream(EventStream):
 
     def frame(self, event: dict[str, Any]) -> bytes:
         """An event as it is sent."""
-        name: str = event.get("type", "error")
+        name: str = event.get("type", "error")  # an error object of OpenAI has no type
         return f"event: {name}\n".encode() + super().frame(event)
 
 

@@ -12,7 +12,9 @@ import anthropic
 import httpx
 import pytest
 from anthropic import Anthropic, AsyncAnthropic
+from pydantic import TypeAdapter
 
+from server import messages_answer
 from tests.conftest import MakeCheckpoint
 from tests.random_checkpoint import CheckpointSpec
 from tests.server.errors import error_of
@@ -556,6 +558,7 @@ def test_a_full_queue_and_an_engine_that_dies(narrow: Server) -> None:
         check_error(waiting.result(10), 503, "overloaded_error", "engine")
     *events, last = events_of("\n".join([*lines, ""]))
     assert last["type"] == "error" and last.keys() == {"type", "error"}
+    TypeAdapter(messages_answer.MessageStreamEvent).validate_python(last, strict=True)
     assert last["error"]["type"] == "overloaded_error" and "engine" in last["error"]["message"]
     assert "error" not in [event["type"] for event in events]
     narrow.wait_for_end(children, status=None)

@@ -1,5 +1,7 @@
 """What /openapi.json says of the endpoints is what they do."""
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,18 +16,25 @@ KEY = "the-key"
 LIMIT = 100_000
 
 TAKES_JSON = {"200", "400", "401", "404", "413", "415", "503"}
+GENERATES = TAKES_JSON | {"500"}
 OPERATIONS = {
     ("get", "/health"): {"200", "503"},
     ("get", "/metrics"): {"200"},
     ("get", "/version"): {"200"},
     ("get", "/v1/models"): {"200", "401"},
     ("get", "/v1/models/{name}"): {"200", "401", "404"},
-    ("post", "/v1/chat/completions"): TAKES_JSON | {"500"},
-    ("post", "/v1/completions"): TAKES_JSON | {"500"},
+    ("post", "/v1/chat/completions"): GENERATES,
+    ("post", "/v1/completions"): GENERATES,
+    ("post", "/v1/responses"): GENERATES,
+    ("get", "/v1/responses/{name}"): {"200", "400", "401", "404"},
+    ("delete", "/v1/responses/{name}"): {"200", "401", "404"},
+    ("post", "/v1/messages"): GENERATES,
+    ("post", "/v1/messages/count_tokens"): TAKES_JSON,
     ("post", "/tokenize"): TAKES_JSON,
     ("post", "/detokenize"): TAKES_JSON,
 }
 
+LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
 PARTS = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
 BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", {"messages": [user("Hi")], "max_tokens": 2}),
@@ -35,9 +44,20 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": "Hi", "max_tokens": 2, "return_token_ids": True}),
     ("/v1/completions", {"prompt": [[1, 5], [1]], "max_tokens": 2, "prompt_logprobs": 1}),
     ("/v1/completions", {"prompt": ["Hi"], "max_tokens": 2, "logprobs": 2, "echo": True, "stop": ["a", "e"]}),
+    ("/v1/responses", {"input": "Hi", "max_output_tokens": 2}),
+    ("/v1/responses", {"input": [user("Hi")], "max_output_tokens": 2, **LOGPROBS, "metadata": {"a": "b"}}),
+    ("/v1/responses", {"input": "Hi", "stop": list("aeiou "), "instructions": "Be brief.", "tool_choice": "none"}),
+    ("/v1/messages", {"model": "vlm", "messages": [user("Hi")], "max_tokens": 2}),
+    ("/v1/messages", {"model": "vlm", "messages": [user(*PARTS)], "max_tokens": 99, "stop_sequences": ["a", "e"]}),
+    ("/v1/messages/count_tokens", {"model": "vlm", "messages": [user(*PARTS)], "system": PARTS}),
     ("/tokenize", {"prompt": "Hi"}),
     ("/tokenize", {"messages": [user("Hi")], "return_token_strs": True}),
     ("/detokenize", {"tokens": [1, 5]}),
+]
+STREAMED = [
+    (path, body)
+    for path, body in BODIES
+    if OPERATIONS["post", path] == GENERATES and not body.keys() & {"prompt_logprobs", "echo"}
 ]
 
 
@@ -109,6 +129,20 @@ def test_gets(client: httpx.Client, document: dict[str, Any]) -> None:
     assert "content" not in document["paths"]["/health"]["get"]["responses"]["200"]
 
 
+def test_kept_responses(client: httpx.Client, document: dict[str, Any]) -> None:
+    path = "/v1/responses/{name}"
+    place = f"/v1/responses/{client.post('/v1/responses', json={'input': 'Hi', 'max_output_tokens': 2}).json()['id']}"
+    wrong_key = {"headers": {"Authorization": "Bearer another"}}
+    requests: list[tuple[str, dict[str, Any], int]] = [
+        ("GET", {}, 200), ("GET", {"params": {"stream": "true"}}, 400), ("GET", wrong_key, 401),
+        ("DELETE", wrong_key, 401), ("DELETE", {}, 200), ("DELETE", {}, 404), ("GET", {}, 404),
+    ]  # fmt: skip
+    for method, options, status in requests:
+        response = client.request(method, place, **options)
+        assert response.status_code == status, response.text
+        check_response(document, path, response)
+
+
 @pytest.mark.parametrize("path", [path for method, path in OPERATIONS if method == "post"])
 def test_errors(client: httpx.Client, document: dict[str, Any], path: str) -> None:
     kind = {"Content-Type": "application/json"}
@@ -125,14 +159,35 @@ def test_errors(client: httpx.Client, document: dict[str, Any], path: str) -> No
         check_response(document, path, response)
 
 
-def test_streams_are_described_by_their_events(document: dict[str, Any]) -> None:
-    for path, event in (("/v1/chat/completions", "ChatCompletionChunk"), ("/v1/completions", "CompletionChunk")):
-        content = document["paths"][path]["post"]["responses"]["200"]["content"]
-        assert content["text/event-stream"]["schema"]["$ref"] == f"#/components/schemas/{event}"
+@pytest.mark.parametrize(("path", "body"), STREAMED)
+def test_events(client: httpx.Client, document: dict[str, Any], path: str, body: dict[str, Any]) -> None:
+    schema = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]
+    described = schema["properties"]["data"]
+    schema = described.get("anyOf", [described])[0]["contentSchema"]
+    response = client.post(path, json=body | {"stream": True})
+    assert response.status_code == 200, response.text
+    found = [json.loads(data) for data in re.findall(r"^data: (?!\[DONE\]$)(.*)$", response.text, flags=re.MULTILINE)]
+    assert found and not any("error" in event for event in found)
+    for event in found:
+        check(document, schema, event)
+
+
+def test_no_other_streams_are_described(document: dict[str, Any]) -> None:
+    described = {
+        path
+        for path, methods in document["paths"].items()
+        for operation in methods.values()
+        if "text/event-stream" in operation["responses"]["200"].get("content", {})
+    }
+    assert described == {path for path, _ in STREAMED}
 
 
 def test_key_is_asked_for_where_401_may_come(document: dict[str, Any]) -> None:
     for path, methods in document["paths"].items():
         for operation in methods.values():
-            assert operation.get("security") == ([{"bearer": []}] if "401" in operation["responses"] else None), path
-    assert document["components"]["securitySchemes"] == {"bearer": {"type": "http", "scheme": "bearer"}}
+            wanted = [{"bearer": []}, {"x-api-key": []}] if "401" in operation["responses"] else None
+            assert operation.get("security") == wanted, path
+    assert document["components"]["securitySchemes"] == {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    }

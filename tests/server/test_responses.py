@@ -13,6 +13,7 @@ from openai import OpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from server import responses_answer
 from server.response_store import ResponseStore, StoredResponse
 from tests.conftest import MakeCheckpoint
 from tests.random_checkpoint import CheckpointSpec
@@ -419,9 +420,9 @@ def test_a_client_that_leaves_before_its_answer(server: Server) -> None:
 
 
 def test_keys_and_bytes(locked: Server) -> None:
-    def ask(method: str, path: str, key: str, **fields: Any) -> httpx.Response:
+    def ask(method: str, path: str, key: str, *, header: str = "Authorization", **fields: Any) -> httpx.Response:
         body = {"input": "Hi", "max_output_tokens": 1} | fields if method == "POST" else None
-        with locked.client(headers={"Authorization": f"Bearer {key}"}) as plain:
+        with locked.client(headers={header: f"Bearer {key}" if header == "Authorization" else key}) as plain:
             return plain.request(method, path, json=body)
 
     error_of(ask("POST", PATH, "three"), 401)
@@ -432,7 +433,8 @@ def test_keys_and_bytes(locked: Server) -> None:
     check_error(ask("DELETE", place, "two"), "response_id", status=404)
     refused = check_error(ask("POST", PATH, "two", previous_response_id=made["id"]), "previous_response_id")
     assert refused["code"] == "previous_response_not_found"
-    assert ask("GET", place, "one").json() == made
+    assert ask("GET", place, "one").json() == ask("GET", place, "one", header="x-api-key").json() == made
+    check_error(ask("GET", place, "two", header="x-api-key"), "response_id", status=404)
     assert ask("POST", PATH, "one", previous_response_id=made["id"]).status_code == 200
     error_of(ask("POST", PATH, "one", previous_response_id=made["id"], input="a" * 3000), 413)
 
@@ -452,6 +454,7 @@ def test_an_engine_that_dies(locked: Server) -> None:
                     locked.engine().kill()
     assert [event["sequence_number"] for event in told] == list(range(len(told)))
     last = EVENT.validate_python(told[-1], strict=True)
+    TypeAdapter(responses_answer.ResponseStreamEvent).validate_python(told[-1], strict=True)
     assert last.type == "response.failed" and last.response.status == "failed"
     assert last.response.error.code == "server_error" and "engine" in last.response.error.message
     locked.wait_for_end(children, status=None)

@@ -25,6 +25,9 @@ WITH_PARAMETERS = [(method, path) for method, path in OPERATIONS if method == "p
 WELL_MADE: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [user("Hi"), assistant("Hello."), user({"type": "text", "text": "é"})]},
     "/v1/completions": {"prompt": [[1, 300], [400]]},
+    "/v1/responses": {"input": [user({"type": "input_text", "text": "Hi"})]},
+    "/v1/messages": {"model": "vlm", "messages": [user("Hi"), assistant("Hello."), user("é")], "max_tokens": 4},
+    "/v1/messages/count_tokens": {"model": "vlm", "messages": [user({"type": "text", "text": "Hi"})]},
     "/tokenize": {"messages": [user("Hi")]},
     "/detokenize": {"tokens": [1, 300]},
 }
@@ -33,7 +36,7 @@ WELL_MADE: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def schema(launch: Launch, checkpoint: MakeCheckpoint) -> Any:
     """Of a server whose small context keeps answers short that have no limit of their own."""
-    server = launch(checkpoint(), "--api-key", KEY, "--max-model-len", "128")
+    server = launch(checkpoint(), "--served-model-name", "vlm", "--api-key", KEY, "--max-model-len", "128")
     return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 
