@@ -8,7 +8,10 @@ from typing import Any
 import httpx
 import pytest
 from jsonschema import Draft202012Validator
+from pydantic import create_model
 
+from server.openapi import DescribedApp, describe_post
+from server.response_types import Text
 from tests.conftest import MakeCheckpoint
 from tests.server.launch import Launch, user
 
@@ -180,6 +183,15 @@ def test_no_other_streams_are_described(document: dict[str, Any]) -> None:
         if "text/event-stream" in operation["responses"]["200"].get("content", {})
     }
     assert described == {path for path, _ in STREAMED}
+
+
+def test_two_types_of_one_name_are_not_mixed_up() -> None:
+    app = DescribedApp()
+    for path, kind in (("/a", int), ("/b", str)):
+        body = create_model("Body", field=kind)
+        app.post(path, openapi_extra=describe_post(body, answer=Text))(lambda: None)
+    with pytest.raises(ValueError, match="named Body"):
+        app.openapi()
 
 
 def test_key_is_asked_for_where_401_may_come(document: dict[str, Any]) -> None:
