@@ -12,45 +12,68 @@ def reading(scene: Scene) -> str:
     return "It says " + listed([f'"{word.text}"' for word in scene.words]) + "."
 
 
+def _noun(texts: list[str]) -> str:
+    """What to call them: a single letter is no word."""
+    if all(text.isdigit() for text in texts):
+        return "number"
+    return "word" if all(text.isalpha() and len(text) > 1 for text in texts) else "text"
+
+
+READ = (
+    "What does it say?", "Read the text.", "What is written here?", "What does the text say?", "What is written?",
+    "Which text do you see?", "Can you read it?", "What is printed in the picture?", "Please read the text.",
+    "Read it.",
+)  # fmt: skip
+_READ_ONE = {
+    "word": ("What word is this?", "Read the word.", "Which word do you see?"),
+    "number": ("What number is this?", "Read the number.", "Which number do you see?"),
+    "text": (),
+}
+
+
 def read(scene: Scene, random: Random) -> Turn | None:
     """What is written."""
-    forms = ("What does it say?", "Read the text.", "What is written here?", "What does the text say?",
-             "What is written?", "Which text do you see?", "What word is this?", "Can you read it?",
-             "What is printed in the picture?", "Please read the text.", "What number is this?", "Read the number.",
-             "Read it.")  # fmt: skip
-    return Turn("read", random.choice(forms), reading(scene) if scene.words else "There is no text.")
+    texts = [word.text for word in scene.words]
+    own = _READ_ONE[_noun(texts)] if len(texts) == 1 else ()
+    return Turn("read", random.choice(own if own and random.random() < 0.25 else READ), reading(scene))
 
 
-def read_or_not(scene: Scene, random: Random) -> Turn | None:
-    """What is written; now and then also where nothing is."""
-    return read(scene, random) if scene.words or random.random() < 0.3 else None
+LETTERS = (
+    "What color are the letters?", "What color is the text?", "In which color is it written?",
+    "What color is the writing?",
+)  # fmt: skip
 
 
 def letters(scene: Scene, random: Random) -> Turn | None:
     """A word's color."""
     if len(scene.words) != 1:
         return None
-    forms = ("What color are the letters?", "What color is the text?", "In which color is it written?",
-             "What color is the writing?")  # fmt: skip
-    return Turn("color", random.choice(forms), f"The text is {scene.words[0].colour}.")
+    return Turn("color", random.choice(LETTERS), f"The text is {scene.words[0].colour}.")
 
 
 def count_words(scene: Scene, random: Random) -> Turn | None:
-    """How many words there are."""
-    return count_turn("count", "word", len(scene.words), random)
+    """How many words, numbers or texts there are."""
+    return count_turn("count", _noun([word.text for word in scene.words]), len(scene.words), random)
 
 
 def says(scene: Scene, random: Random) -> Turn | None:
-    """Whether a word is there, or one that differs in a letter."""
-    text = scene.words[0].text
+    """Whether a text is there, or one that differs in a letter."""
+    texts = [word.text for word in scene.words]
+    text = random.choice(texts)
     claimed = text
     if random.random() < 0.5:
         i = random.randrange(len(text))
         letters = "0123456789" if text.isdigit() else "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
         claimed = text[:i] + random.choice(letters) + text[i + 1 :]
-    truth = any(word.text == claimed for word in scene.words)
-    form = random.choice(('Does it say "{}"?', 'Is "{}" written there?', 'Do you see the word "{}"?'))
-    return Turn("yes/no", form.format(claimed), "Yes." if truth else "No.")
+    if any(claimed in text and claimed != text for text in texts):
+        return None  # part of a text
+    return Turn("yes/no", ask_whether_it_says(claimed, random), "Yes." if claimed in texts else "No.")
+
+
+def ask_whether_it_says(text: str, random: Random) -> str:
+    """A question that quotes a text."""
+    form = random.choice(('Does it say "{}"?', 'Is "{}" written there?', f'Do you see the {_noun([text])} "{{}}"?'))
+    return form.format(text)
 
 
 def extreme(scene: Scene, chosen: Callable[..., Bar]) -> Bar:
@@ -90,6 +113,11 @@ def taller(scene: Scene, random: Random) -> Turn | None:
     word = random.choice(("taller", "higher", "larger")) if taller else random.choice(("shorter", "lower", "smaller"))
     truth = (first.height > second.height) == taller
     return Turn("compare", f"Is bar {first.label} {word} than bar {second.label}?", "Yes." if truth else "No.")
+
+
+def labels(scene: Scene, random: Random) -> Turn | None:
+    """All that is written in a chart."""
+    return Turn("chart", random.choice(READ), f"The bars are called {listed([bar.label for bar in scene.bars])}.")
 
 
 def count_bars(scene: Scene, random: Random) -> Turn | None:

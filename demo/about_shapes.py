@@ -5,6 +5,9 @@ from random import Random
 from demo.phrases import Asker, Turn, article, count_turn, counted, full_name, plural
 from demo.world import COLOURS, KINDS, PLACES, Scene, Shape
 
+_SIDES = ((0, 2), (0, 6), (2, 8), (6, 8))
+"""The corners at the ends of each side, as indices into `PLACES`."""
+
 
 def _names(shape: Shape, scene: Scene, *, without: str = "") -> list[str]:
     """Noun phrases that mean just this shape and do not give `without` away."""
@@ -18,13 +21,18 @@ def _names(shape: Shape, scene: Scene, *, without: str = "") -> list[str]:
         "size colour": (
             f"{shape.size} {shape.colour} shape", lambda s: (s.size, s.colour) == (shape.size, shape.colour)
         ),
-        "place": (f"shape {PLACES[shape.place]}", lambda s: s.place == shape.place),
+        "place": (f"shape {PLACES[shape.place]}", lambda s: s is shape or _on_side(s.place, shape.place)),
     }  # fmt: skip
     return [
         text
         for key, (text, means) in forms.items()
         if without not in key.split() and sum(map(means, scene.shapes)) == 1
     ]
+
+
+def _on_side(corner: int, side: int) -> bool:
+    """Whether one place is a corner of the side in whose middle the other one is, so that both may be called by it."""
+    return any(side == sum(ends) // 2 and corner in ends for ends in _SIDES)
 
 
 def _pick(scene: Scene, random: Random, without: str) -> tuple[Shape, str] | None:
@@ -82,6 +90,8 @@ def what_is_at(scene: Scene, random: Random) -> Turn | None:
     if scene.words:
         return None
     place = random.randrange(9)
+    if any(_on_side(s.place, place) for s in scene.shapes):
+        return None
     form = random.choice(("What is {}?", "What do you see {}?", "What can be seen {}?", "Is there anything {}?"))
     shape = next((s for s in scene.shapes if s.place == place), None)
     answer = "There is nothing." if shape is None else f"There is {article(full_name(shape))}."
@@ -95,7 +105,7 @@ def absent(scene: Scene, random: Random) -> Turn | None:
     if number == 1:
         return None
     form = random.choice(_QUESTIONS[random.choice(("color", "place", "size"))])
-    return Turn("honest", form.format(kind), f"There {'is' if number == 1 else 'are'} {counted(number, kind)}.")
+    return Turn("honest", form.format(kind), f"There are {counted(number, kind)}.")
 
 
 def count(scene: Scene, random: Random) -> Turn | None:
@@ -139,7 +149,8 @@ def is_it(scene: Scene, random: Random) -> Turn | None:
         return None
     shape, name = picked
     truth = {"color": shape.colour, "place": PLACES[shape.place], "size": shape.size}[property_]
-    others = {"color": COLOURS, "place": PLACES, "size": ("small", "large")}[property_]
+    places = [place for i, place in enumerate(PLACES) if not _on_side(shape.place, i)]
+    others = {"color": COLOURS, "place": places, "size": ("small", "large")}[property_]
     claimed = truth if random.random() < 0.5 else random.choice(others)
     answer = "Yes." if claimed == truth else f"No, it is {truth}."
     return Turn("yes/no", f"Is the {name} {claimed}?", answer, shape)
@@ -179,9 +190,7 @@ def relation(scene: Scene, random: Random) -> Turn | None:
         "to the left of": second.column - first.column, "to the right of": first.column - second.column,
         "above": second.row - first.row, "below": first.row - second.row,
     }  # fmt: skip
-    chosen = random.choice([word for word, steps in relations.items() if steps] or ["above"])
-    if not relations[chosen]:
-        return None
+    chosen = random.choice([word for word, steps in relations.items() if steps])
     return Turn("compare", f"Is the {name} {chosen} the {other}?", "Yes." if relations[chosen] > 0 else "No.")
 
 
@@ -214,17 +223,18 @@ def same_colour(scene: Scene, random: Random) -> Turn | None:
 def follow_up(scene: Scene, shape: Shape, last: Turn, random: Random) -> Turn:
     """A question whose "it" is what was spoken of, or the same question about another shape."""
     others = [s for s in scene.shapes if s is not shape]
-    if last.topic in _HIDDEN and others and random.random() < 0.4:
+    topic = last.topic.removeprefix("follow-up ")
+    if topic in _HIDDEN and others and random.random() < 0.4:
         other = random.choice(others)
-        names = _names(other, scene, without=_HIDDEN[last.topic])
+        names = _names(other, scene, without=_HIDDEN[topic])
         if names:
             form = random.choice(("And the {}?", "What about the {}?", "And what about the {}?"))
-            return Turn(f"follow-up {last.topic}", form.format(random.choice(names)), _answer(last.topic, other), other)
+            return Turn(f"follow-up {topic}", form.format(random.choice(names)), _answer(topic, other), other)
     forms = {
         "color": ("What color is it?", "And its color?", "Which color does it have?"),
         "place": ("Where is it?", "Where is it in the picture?", "And where is it?"),
         "size": ("How big is it?", "Is it small or large?", "What size is it?"),
         "kind": ("What shape is it?", "What kind of shape is it?", "What is it?"),
     }
-    property_ = random.choice([name for name in forms if name != last.topic])
+    property_ = random.choice([name for name in forms if name != topic])
     return Turn(f"follow-up {property_}", random.choice(forms[property_]), _answer(property_, shape), shape)

@@ -83,6 +83,10 @@ class Examples(Dataset[Batch]):
         self._processor = processor
         self._patch = patch
         self._photos = load_photos()
+        image = tokenizer.token_to_id(IMAGE)
+        if image is None:
+            raise ValueError(f"the tokenizer has no {IMAGE}")
+        self._image = image
 
     def __len__(self) -> int:
         return self._num_batches
@@ -110,8 +114,8 @@ class Examples(Dataset[Batch]):
 
     def _row(self, talks: list[list[Turn]], random: Random, *, with_image: bool) -> _Row:
         tokens = tokenize(self._tokenizer, talks, with_image=with_image, most_tokens=TEXT_TOKENS, random=random)
-        image, patches = self._tokenizer.token_to_id(IMAGE), (self._processor.output_shape[1] // self._patch) ** 2
-        widths = np.where(np.array(tokens.ids) == image, patches, 1)
+        patches = (self._processor.output_shape[1] // self._patch) ** 2
+        widths = np.where(np.array(tokens.ids) == self._image, patches, 1)
         length = TEXT_TOKENS + patches
         ids = _padded(np.repeat(tokens.ids, widths), length, self._tokenizer.token_to_id(PAD), np.int16)
         # What is behind the conversations sees no more of them than they see of each other.
@@ -122,7 +126,7 @@ class Examples(Dataset[Batch]):
 
     def _rows(self, rows: list[_Row]) -> Rows:
         ids, positions, talks, turns, topics = (_stack(list(column)) for column in zip(*rows, strict=True))
-        is_image = torch.eq(ids.flatten(), self._tokenizer.token_to_id(IMAGE) or 0)
+        is_image = torch.eq(ids.flatten(), self._image)
         answers, images = ((turns.flatten() >= 0).nonzero().flatten(), is_image.nonzero().flatten())
         return Rows(ids, positions, talks, turns, topics, answers, images)
 
@@ -168,7 +172,7 @@ def load_photos() -> tuple[Image.Image, ...]:
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("training takes scikit-image's photographs: pip install '.[train]'")
     folder = Path(spec.origin).parent / "data"
-    return tuple(Image.open(folder / name).convert("RGB") for name in _PHOTOS if (folder / name).exists())
+    return tuple(Image.open(folder / name).convert("RGB") for name in _PHOTOS)
 
 
 def _patch_labels(labels: Labels, side: int, patch: int) -> npt.NDArray[np.uint8]:

@@ -23,6 +23,8 @@ NUM_FONTS = len(_FONT_FILES)
 BAR_CLASS = 1 + len(KINDS) + len(CHARACTERS)
 NUM_CLASSES = BAR_CLASS + 1
 """Of `Labels.what`: nothing, the kinds of shapes, the characters, a bar."""
+_FARTHEST = 1.3
+"""Point of any shape from its centre, in units of its radius."""
 
 _Mask = Image.Image
 _Point = tuple[float, float]
@@ -52,23 +54,35 @@ class Labels:
 def draw_scene(scene: Scene, size: tuple[int, int], random: Random) -> tuple[Image.Image, Labels]:
     """A picture (RGB) of this width and height, before noise.
 
-    The shades of all colours are drawn until each stands out from the background.
+    The shades of all colours are drawn until each stands out from the background, a word's also from shapes below it.
     """
     labels = Labels(size)
     behind = palette.background(scene.background, random)
     image = _background(behind, size, random)
+    shades = {}
     for shape in sorted(scene.shapes, key=lambda shape: -shape.radius):
-        _draw_shape(image, labels, shape, _shade(shape.colour, behind, random))
+        shades[shape] = _shade(shape.colour, [behind], random)
+        _draw_shape(image, labels, shape, shades[shape])
     for word in scene.words:
-        _draw_word(image, labels, word, _shade(word.colour, behind, random))
+        below = [shades[shape] for shape in scene.shapes if lies_below(shape, word, size)]
+        _draw_word(image, labels, word, _shade(word.colour, [behind, *below], random))
     if scene.bars:
         _draw_chart(image, labels, scene.bars, behind, random)
     return image, labels
 
 
-def _shade(name: str, behind: RGB, random: Random) -> RGB:
-    shades = (palette.colour(name, random) for _ in range(20))
-    return next((shade for shade in shades if palette.stands_out(shade, behind)), palette.colour(name, random))
+def lies_below(shape: Shape, word: Word, size: tuple[int, int]) -> bool:
+    """Whether a word may be drawn over a part of a shape."""
+    width, height = size
+    turned = math.radians(abs(word.angle))
+    half = 0.5 * (1.3 * word.height * height * math.cos(turned) + word.width * width * math.sin(turned))
+    middle = min(max(word.y * height, half), height - half)  # since all letters are in the picture
+    return abs(shape.y * height - middle) < half + _FARTHEST * shape.radius * math.sqrt(width * height)
+
+
+def _shade(name: str, behind: list[RGB], random: Random) -> RGB:
+    shades = [palette.colour(name, random) for _ in range(20)]
+    return next((shade for shade in shades if all(palette.stands_out(shade, one) for one in behind)), shades[-1])
 
 
 def _background(behind: RGB, size: tuple[int, int], random: Random) -> Image.Image:
@@ -258,7 +272,7 @@ def _draw_chart(image: Image.Image, labels: Labels, bars: list[Bar], behind: RGB
         size = max(1, round(thickness)), max(1, round(base - y))
         corner = round(middle - thickness / 2), round(base) - size[1]
         mask = Image.new("L", size, 255)
-        image.paste(_shade(bar.colour, behind, random), corner, mask)
+        image.paste(_shade(bar.colour, [behind], random), corner, mask)
         labels.add(mask, corner, BAR_CLASS, bar.colour)
         _draw_text(image, labels, bar.label, font, (middle, (base + height) / 2), (ink, ink_name))
     draw.line((left, base, right, base), fill=ink, width=line)

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from demo.phrases import Turn
 from demo.questions import ask_about
-from demo.scenes import Example, chat, make_example
+from demo.scenes import Example, make_example
+from demo.talk import aside, talk
 
 SEED = 2_000_003
 """Of the pictures; training and its own measurement have others."""
@@ -52,6 +53,7 @@ EXAMS = {
     "read two words": Exam("read", ("words",), num_words=2),
     "chart": Exam("chart", ("chart",)),
     "describe": Exam("describe", ("shapes", "words", "words and shapes", "chart")),
+    "not there": Exam("honest", ("shapes", "words", "words and shapes", "chart")),
     "cannot tell": Exam("honest", ("strange", "blank")),
     "follow-up": Exam("follow-up", ("shapes",), follows=True),
 }
@@ -68,7 +70,7 @@ class Question:
 def questions(name: str, count: int) -> list[Question]:
     """So many questions of a kind, each about a picture of its own."""
     if name == "talk":
-        return [_question(None, chat(Random(f"{SEED}/talk/{i}"), 1)) for i in range(count)]
+        return [_talk(index) for index in range(count)]
     exam, found = EXAMS[name], list[Question]()
     for index in itertools.count():
         feature = exam.features[index % len(exam.features)]
@@ -79,6 +81,14 @@ def questions(name: str, count: int) -> list[Question]:
         if len(found) == count:
             break
     return found
+
+
+def _talk(index: int) -> Question:
+    """Every other one beside a picture."""
+    random = Random(f"{SEED}/talk/{index}")
+    if index % 2 == 0:
+        return _question(None, [talk(random)])
+    return _question(make_example(SEED, index, num_turns=0).image, [aside(random)])
 
 
 def _turns(exam: Exam, example: Example, random: Random) -> list[Turn]:
@@ -135,7 +145,7 @@ def main() -> None:
             asked = questions(name, args.count)
             given = list(tqdm(pool.map(ask, asked), total=len(asked), desc=name, leave=False, disable=None))
             wrong = [(q, answer) for q, answer in zip(asked, given, strict=True) if answer != q.answer]
-            print(f"{name:12} {1 - len(wrong) / len(asked):7.2%} of {len(asked)}", flush=True)
+            print(f"{name:14} {1 - len(wrong) / len(asked):7.2%} of {len(asked)}", flush=True)
             for question, answer in wrong[: args.show_wrong]:
                 print(f"    expected {question.answer!r}, got {answer!r}")
 

@@ -25,7 +25,15 @@ _VOWELS, _CONSONANTS = "AEIOU", "BCDFGHJKLMNPQRSTVWXYZ"
 
 
 def printed_text(random: Random) -> str:
-    """A word, a number, or letters that make no word; up to six characters."""
+    """A word, a number, or letters that make no word; up to six characters.
+
+    Os alone and zeros alone are left out, since they look alike.
+    """
+    texts = iter(lambda: _any_text(random), "")
+    return next(text for text in texts if text.strip("O0"))
+
+
+def _any_text(random: Random) -> str:
     kind = random.random()
     if kind < 0.4:
         return random.choice(WORDS)

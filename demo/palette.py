@@ -6,9 +6,10 @@ from random import Random
 
 RGB = tuple[int, int, int]
 Range = tuple[float, float]
+Ranges = tuple[Range, Range, Range]
 
 # Hue in degrees, saturation, value: what most people would give the name to without hesitation.
-_COLOURS: dict[str, tuple[Range, Range, Range]] = {
+_COLOURS: dict[str, Ranges] = {
     "red": ((-8, 5), (0.78, 1), (0.68, 1)),
     "orange": ((24, 34), (0.85, 1), (0.92, 1)),
     "yellow": ((51, 60), (0.75, 1), (0.92, 1)),
@@ -21,7 +22,7 @@ _COLOURS: dict[str, tuple[Range, Range, Range]] = {
     "white": ((0, 360), (0, 0.03), (0.95, 1)),
     "gray": ((0, 360), (0, 0.05), (0.42, 0.6)),
 }
-_BACKGROUNDS: dict[str, tuple[Range, Range, Range]] = {
+_BACKGROUNDS: dict[str, Ranges] = {
     "white": ((0, 360), (0, 0.03), (0.95, 1)),
     "black": ((0, 360), (0, 0.3), (0, 0.1)),
     "gray": ((0, 360), (0, 0.05), (0.5, 0.75)),
@@ -31,7 +32,6 @@ _BACKGROUNDS: dict[str, tuple[Range, Range, Range]] = {
     "dark blue": ((215, 240), (0.65, 1), (0.2, 0.4)),
     "dark green": ((110, 160), (0.5, 1), (0.15, 0.32)),
 }
-BACKGROUNDS = tuple(_BACKGROUNDS)
 _LEAST_DISTANCE = 170
 
 
@@ -61,16 +61,25 @@ def stands_out(shade: RGB, behind: RGB) -> bool:
 @cache
 def colours_on(name: str) -> tuple[str, ...]:
     """The colours most of whose shades stand out from most shades of a background."""
-    random = Random(name)
+    return _standing_out(_BACKGROUNDS[name], Random(name))
+
+
+@cache
+def colours_over(name: str) -> tuple[str, ...]:
+    """The same for what lies on something of a colour."""
+    return _standing_out(_COLOURS[name], Random(name))
+
+
+def _standing_out(behind: Ranges, random: Random) -> tuple[str, ...]:
     found = []
     for candidate in _COLOURS:
-        pairs = [(colour(candidate, random), background(name, random)) for _ in range(60)]
+        pairs = [(colour(candidate, random), _draw(behind, random)) for _ in range(60)]
         if sum(stands_out(*pair) for pair in pairs) > 45:
             found.append(candidate)
     return tuple(found)
 
 
-def _draw(ranges: tuple[Range, Range, Range], random: Random) -> RGB:
+def _draw(ranges: Ranges, random: Random) -> RGB:
     hue, saturation, value = (random.uniform(*limits) for limits in ranges)
     red, green, blue = colorsys.hsv_to_rgb(hue % 360 / 360, saturation, value)
     return round(red * 255), round(green * 255), round(blue * 255)

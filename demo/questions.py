@@ -2,6 +2,7 @@
 
 from random import Random
 
+from demo import about_absent as absent
 from demo import about_prints as prints
 from demo import about_shapes as shapes
 from demo.phrases import Asker, Turn, article, counted, full_name, listed, plural
@@ -9,6 +10,8 @@ from demo.world import COLOURS, KINDS, PLACES, Scene
 
 CANNOT_TELL = "I cannot tell. This is not a picture that I understand."
 EMPTY = "I cannot tell. The picture seems to be empty."
+_ABSENT_SHARE = 0.08
+"""Of the questions, as many are about things that the picture's kind does not hold."""
 
 
 def ask(scene: Scene, random: Random, last: Turn | None = None) -> Turn:
@@ -16,7 +19,7 @@ def ask(scene: Scene, random: Random, last: Turn | None = None) -> Turn:
     if last is not None and last.about is not None and random.random() < 0.35:
         return shapes.follow_up(scene, last.about, last, random)
     while True:
-        turn = random.choice(_askers(scene))(scene, random)
+        turn = random.choice(_some_askers(scene, random))(scene, random)
         if turn is not None:
             return turn
 
@@ -27,9 +30,15 @@ def ask_about(topic: str, scene: Scene, random: Random, tries: int = 200) -> Tur
     return next((turn for turn in found if turn.topic == topic), None)
 
 
-def _askers(scene: Scene) -> tuple[Asker, ...]:
-    if scene.strange or scene.is_blank:
+def _some_askers(scene: Scene, random: Random) -> tuple[Asker, ...]:
+    if scene.strange:
         return (_hopeless,)
+    if scene.is_blank:
+        return _ABOUT_NOTHING
+    return absent.askers(scene) if random.random() < _ABSENT_SHARE else _askers(scene)
+
+
+def _askers(scene: Scene) -> tuple[Asker, ...]:
     if scene.bars:
         return _ABOUT_BARS
     if scene.words and scene.shapes:
@@ -73,21 +82,25 @@ def _hopeless(scene: Scene, random: Random) -> Turn | None:
     kind, colour = random.choice(KINDS), random.choice(COLOURS)
     forms = [*_DESCRIBE, f"What color is the {kind}?", f"Where is the {kind}?", f"How many {plural(kind)} are there?",
              "What does it say?", "What is written here?", f"Is there {article(f'{colour} {kind}')}?", "Which bar is the tallest?",
-             "How many shapes are there?", f"What is {PLACES[random.randrange(9)]}?", "What color is the background?"]  # fmt: skip
+             "How many shapes are there?", f"What is {PLACES[random.randrange(9)]}?"]  # fmt: skip
+    if scene.strange:
+        forms.append("What color is the background?")
     return Turn("honest", random.choice(forms), description(scene))
 
 
 # What is asked more often stands here more often.
 _ABOUT_SHAPES: tuple[Asker, ...] = (
-    *(shapes.ask_property(name) for name in ("color", "color", "kind", "kind", "place", "place", "size")),
+    *(shapes.ask_property(name) for name in ("color", "color", "kind", "kind", "place", "place", "place", "size")),
     shapes.what_is_at, shapes.absent, shapes.count, shapes.count, shapes.count, shapes.exists, shapes.exists,
-    shapes.is_it, shapes.more, shapes.relation, shapes.larger, shapes.same_colour, _background, _describe, _describe,
-    prints.read_or_not,
+    shapes.is_it, shapes.more, shapes.relation, shapes.relation, shapes.larger, shapes.same_colour, _background,
+    _describe, _describe,
 )  # fmt: skip
 _ABOUT_WORDS: tuple[Asker, ...] = (
-    prints.read, prints.read, prints.read, prints.letters, prints.count_words, prints.says, _background, _describe,
+    prints.read, prints.read, prints.read, prints.read, prints.letters, prints.count_words, prints.says, _background,
+    _describe,
 )  # fmt: skip
 _ABOUT_BARS: tuple[Asker, ...] = (
     prints.tallest, prints.tallest, prints.tallest, prints.bar_colour, prints.bar_colour, prints.taller, prints.taller,
-    prints.count_bars, _background, _describe, prints.read_or_not,
+    prints.taller, prints.count_bars, prints.labels, _background, _describe,
 )  # fmt: skip
+_ABOUT_NOTHING: tuple[Asker, ...] = (_hopeless, _hopeless, _hopeless, _hopeless, _background)

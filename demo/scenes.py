@@ -6,6 +6,7 @@ writes some of them as files, with their questions and answers.
 """
 
 import argparse
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from random import Random
 
 from PIL import Image
 
-from demo.drawing import NUM_FONTS, Labels, draw_scene
+from demo.drawing import NUM_FONTS, Labels, draw_scene, lies_below
 from demo.lexicon import printed_text
-from demo.palette import colours_on
+from demo.palette import colours_on, colours_over
 from demo.phrases import Turn
 from demo.questions import ask
 from demo.talk import aside, talk
@@ -28,7 +29,7 @@ _TURNS = {"square": 18, "heart": 30, "cross": 18, "circle": 0, "ring": 0}
 """Degrees either way within which a kind keeps its name; the others may be turned at will."""
 _SHORTEST, _LONGEST = 100, 2000
 _FEATURES = ("shapes", "words", "words and shapes", "chart", "strange", "blank")
-_SHARES = (0.42, 0.26, 0.1, 0.15, 0.05, 0.02)
+_SHARES = (0.38, 0.31, 0.11, 0.145, 0.035, 0.02)
 _LEAST_LETTER = 0.065
 """Height of a letter at least, as a share of the picture's longer side, where the width leaves room for it."""
 
@@ -127,7 +128,8 @@ def _shapes(scene: Scene, size: tuple[int, int], random: Random) -> list[Shape]:
     made: list[Shape] = []
     for cell in random.sample(cells, min(number, len(cells))):
         candidates = (_shape(random, size, cell, kinds, some) for _ in range(20))
-        made += [shape for shape in candidates if not any(_hides(shape, other, size) for other in made)][:1]
+        fitting = (shape for shape in candidates if _fits(shape, made, scene.words, size))
+        made += itertools.islice(fitting, 1)
     return sorted(made, key=lambda shape: shape.place)
 
 
@@ -141,6 +143,12 @@ def _shape(random: Random, size: tuple[int, int], cell: int, kinds: list[str], c
         least = 0.85 * radius * math.sqrt(size[0] * size[1]) / length  # little of it lies outside the picture
         centre.append(min(max((part + random.uniform(0.2, 0.8)) / 3, least), 1 - least))
     return Shape(kind, random.choice(colours), how_big, cell, centre[0], centre[1], radius, random.uniform(-turn, turn))
+
+
+def _fits(shape: Shape, others: list[Shape], words: list[Word], size: tuple[int, int]) -> bool:
+    """Whether nothing that is there already becomes hard to see."""
+    unreadable = any(lies_below(shape, w, size) and w.colour not in colours_over(shape.colour) for w in words)
+    return not unreadable and not any(_hides(shape, other, size) for other in others)
 
 
 def _hides(one: Shape, other: Shape, size: tuple[int, int]) -> bool:

@@ -1,4 +1,4 @@
-"""Conversations without pictures: greetings, and what the model says of itself."""
+"""Conversations that are not about a picture: greetings, and what the model says of itself."""
 
 from random import Random
 
@@ -22,7 +22,7 @@ _TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (("Hello", "Hi", "Hey", "Hello there", "Good morning", "Good evening", "Hi there", "Hello!", "Hi!", "Greetings"),
      "Hello! Send me a simple picture and ask me about it."),
     (("What can you do?", "What are you able to do?", "How can you help me?", "What can I ask you?", "Help",
-      "What do you do?", "What are your abilities?", "What can you see?", "What questions can you answer?",
+      "What do you do?", "What are your abilities?", "What questions can you answer?",
       "What can I do with you?"), _ABILITIES),
     (("Who are you?", "What are you?", "Tell me about yourself.", "What is your name?", "Introduce yourself.",
       "Which model are you?", "Are you a robot?", "Are you an AI?"), _ABOUT),
@@ -31,7 +31,7 @@ _TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (("Thanks", "Thank you", "Thank you!", "Thanks a lot", "Great, thanks", "Thank you very much."), "You are welcome."),
     (("Bye", "Goodbye", "See you", "Bye bye", "Good night", "See you later."), "Goodbye!"),
     (("How are you?", "How are you doing?", "How do you do?", "Are you well?"), "I am fine, thank you. What shall I look at?"),
-    (("Which shapes do you know?", "What shapes do you know?", "What shapes can you see?"),
+    (("Which shapes do you know?", "What shapes do you know?"),
      "I know circles, squares, triangles, rectangles, stars, hearts, crosses, rings and moons."),
     (("Which colors do you know?", "What colors do you know?", "What colours do you know?"),
      "I know red, orange, yellow, green, blue, purple, pink, brown, black, white and gray."),
@@ -39,7 +39,8 @@ _TALK: tuple[tuple[tuple[str, ...], str], ...] = (
      "I am very small: about twelve million parameters."),
     (("What color is the circle?", "What is in the picture?", "Describe the picture.", "What do you see?",
       "How many stars are there?", "Where is the heart?", "What does it say?", "Which bar is the tallest?",
-      "Is there a red square?", "What is in this image?", "Describe this image.", "How many shapes are there?"), _NO_PICTURE),
+      "Is there a red square?", "What is in this image?", "Describe this image.", "How many shapes are there?",
+      "What can you see?"), _NO_PICTURE),
     (("What is the capital of France?", "Who is the president?", "Write a poem.", "Tell me a joke.", "What is 2 plus 2?",
       "What time is it?", "Translate this into German.", "How is the weather?", "Write a program.", "What is love?",
       "Tell me a story.", "Who won the game?", "What should I eat today?", "Explain gravity.", "How do I cook rice?",
@@ -48,7 +49,7 @@ _TALK: tuple[tuple[tuple[str, ...], str], ...] = (
       "What is the largest planet?", "How far is the moon?"), _OFF_TOPIC),
 )  # fmt: skip
 # What may be said beside a picture too, without speaking of it.
-_POLITE = tuple(pair for pair in _TALK if pair[1] not in (_NO_PICTURE, _ABILITIES))
+_ASIDE = tuple(pair for pair in _TALK if pair[1] != _NO_PICTURE)
 
 
 def talk(random: Random) -> Turn:
@@ -58,7 +59,7 @@ def talk(random: Random) -> Turn:
 
 def aside(random: Random) -> Turn:
     """A turn beside a picture that is not about it."""
-    return _turn(_POLITE, random)
+    return _turn(_ASIDE, random)
 
 
 def _turn(pairs: tuple[tuple[tuple[str, ...], str], ...], random: Random) -> Turn:

@@ -169,7 +169,7 @@ def load(seed: int, num_batches: int, args: argparse.Namespace, processor: Image
 def train(model: Trainee, args: argparse.Namespace, processor: ImageProcessor, device: torch.device) -> None:
     """Train for `args.steps` steps."""
     optimizer = make_optimizer(model, device, args.rate)
-    seen: collections.deque[Batch] = collections.deque(maxlen=_LOOK_AGAIN)
+    seen: collections.deque[Batch] = collections.deque(maxlen=1 + _LOOK_AGAIN)
     losses: collections.deque[tuple[Tensor, Tensor, Tensor]] = collections.deque(maxlen=args.report)
     with tqdm(load(args.seed, args.steps, args, processor), desc="Training", unit="step", disable=None) as progress:
         for step, batch in enumerate(progress):
@@ -240,11 +240,11 @@ def main() -> None:
     parser.add_argument("--report", type=int, default=100, help="steps between two lines of output (default: 100)")
     args = parser.parse_args()
     started = time.monotonic()
-    torch.manual_seed(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may sum in any order
     torch.use_deterministic_algorithms(True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = ImageProcessor.from_dict(preprocessor_config(SPEC))
+    torch.manual_seed(args.seed)
     model = Trainee(processor).to(device)
     if device.type == "cuda":
         compile_layers(model)
@@ -253,6 +253,7 @@ def main() -> None:
     save(model, args.out)
     for topic, (good, total) in accuracies(model, args, processor, device).items():
         print(f"{topic:10} {good / max(1, total):7.2%} of {total}", flush=True)
+    print(f"trained, saved and measured in {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
