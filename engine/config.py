@@ -82,8 +82,8 @@ class EngineConfig:
     sampling_defaults: dict[str, Any] = field(default_factory=dict)
     """From the checkpoint's generation_config.json."""
     max_mixed_tokens: int = 768
-    """Of a step in which requests generate beside it. On an H100 a 7B model's products take prompts at full speed from
-    here on; more would only make the others wait longer for their tokens."""
+    """Of a step in which requests generate, or as many as generate and half of it. On an H100 a 7B model's products
+    take prompts at full speed from here on; more would only make the others wait longer for their tokens."""
     enforce_eager: bool = False
     """Never capture CUDA graphs."""
     profile_dir: Path | None = None

@@ -19,7 +19,7 @@ from engine.multimodal import ImageFeatureData, ImagePixelData
 from engine.sampling_params import SamplingParams
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class PreparedImage:
     """An image that is ready for the engine but has no place in a prompt yet; fields as in `ImageInput`."""
 

@@ -134,11 +134,12 @@ class ModelRunner:
     def _forward(self, layout: StepLayout) -> tuple[Tensor, Tensor]:
         """The step's tokens (T or more, 3), on the device, and their last states (T, hidden)."""
         size = None if self._steps is None else self._steps.padded_size(layout)
-        tokens = self._batch.upload(layout.tokens if size is None else self._batch.padded(layout, size))
-        embedded = self._embed(layout, tokens)
-        if self._steps is not None and size is not None:
-            return tokens, self._steps(layout, tokens, embedded)
-        return tokens, self.model.language_model(embedded, self._caches, self._batch.metadata(layout, tokens))
+        if self._steps is None or size is None:
+            tokens = self._batch.upload(layout.tokens)
+            metadata = self._batch.metadata(layout, tokens)
+            return tokens, self.model.language_model(self._embed(layout, tokens), self._caches, metadata)
+        tokens = self._batch.upload(self._batch.padded(layout, size))
+        return tokens, self._steps(layout, tokens, self._embed(layout, tokens))
 
     def _embed(self, layout: StepLayout, tokens: Tensor) -> Tensor:
         hidden = self._look_up(tokens[:, 0], tokens[:, 1])

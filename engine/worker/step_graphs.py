@@ -14,6 +14,9 @@ from engine.worker.input_batch import InputBatch, StepLayout, columns
 _MOST_TOKENS = 4096
 """Larger steps keep the GPU busy for so long that launching their kernels one by one costs nothing."""
 
+_COUNTS, _SHARED = 2, 3
+"""Numbers at the head of what tells a step's graph how the step is cut."""
+
 Forward = Callable[[Tensor, AttentionMetadata], Tensor]
 
 
@@ -51,7 +54,7 @@ class StepGraphs:
         self._states = torch.zeros_like(self._hidden)
         # Counts, what is shared, prefills, tiles: all that a step changes goes there in one copy.
         max_tiles = most // tile_tokens + max_requests
-        self._cut = torch.zeros(5 + 4 * max_requests + 2 * max_tiles, dtype=torch.int32, device=device)
+        self._cut = torch.zeros(_COUNTS + _SHARED + 4 * max_requests + 2 * max_tiles, dtype=torch.int32, device=device)
         padding = torch.tensor([batch.padding_slot, 0, 0], dtype=torch.int32, device=device)
         self._graphed = GraphedFunction(self._run, padding.repeat(most, 1), sizes)
 
@@ -73,7 +76,7 @@ class StepGraphs:
         """
         prefills, tiles = self._batch.cut(layout)
         packed = np.zeros(self._cut.shape[0], np.int32)
-        packed[:5] = layout.num_decodes, tiles.shape[1], *layout.shared
+        packed[: _COUNTS + _SHARED] = layout.num_decodes, tiles.shape[1], *layout.shared
         _, _, to_prefills, to_tiles = self._split(packed)
         to_prefills[:, : prefills.shape[1]] = prefills
         to_tiles[:, : tiles.shape[1]] = tiles
@@ -83,8 +86,9 @@ class StepGraphs:
 
     def _split(self, packed: Any) -> Any:
         """Counts (2), shared (3), prefills (4, requests) and tiles (2, tiles) of the packed array or tensor."""
-        end = 5 + 4 * self._max_requests
-        return packed[:2], packed[2:5], packed[5:end].reshape(4, -1), packed[end:].reshape(2, -1)
+        head = _COUNTS + _SHARED
+        end = head + 4 * self._max_requests
+        return packed[:_COUNTS], packed[_COUNTS:head], packed[head:end].reshape(4, -1), packed[end:].reshape(2, -1)
 
     def _run(self, tokens: Tensor) -> Tensor:
         size = len(tokens)

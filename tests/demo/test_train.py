@@ -1,11 +1,15 @@
 """Training gives the same weights for the same seed."""
 
 import argparse
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from demo import batches
 from demo.checkpoint import preprocessor_config
@@ -50,7 +54,17 @@ def test_a_seed_gives_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert one != before
 
 
-def test_a_missing_photograph_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("demo.batches._PHOTOS", (*batches._PHOTOS, "missing.png"))
-    with pytest.raises(FileNotFoundError, match=r"missing\.png"):
+def test_a_missing_photograph_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With photographs left out, the same seed would give other pictures."""
+    (tmp_path / "data").mkdir()
+    found = ModuleSpec("skimage", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("demo.batches.find_spec", lambda name: found)
+    for name in batches._PHOTOS[:-1]:
+        Image.new("RGB", (2, 2)).save(tmp_path / "data" / name)
+    with pytest.raises(FileNotFoundError, match=re.escape(batches._PHOTOS[-1])):
+        batches.load_photos()
+    Image.new("RGB", (2, 2)).save(tmp_path / "data" / batches._PHOTOS[-1])
+    assert len(batches.load_photos()) == len(batches._PHOTOS)
+    monkeypatch.setattr("demo.batches.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="train"):
         batches.load_photos()
