@@ -57,6 +57,7 @@ class ChatTemplate:
         self._image_token = image_token
         self._takes_parts = template is not None and self._shows_parts()
         self._takes_strings = template is not None and _PROBE in self._probe(_PROBE)
+        self._joins_texts = {role: self._takes_parts and self._shows_both(role) for role in ("system", "assistant")}
 
     def render(
         self,
@@ -103,6 +104,9 @@ class ChatTemplate:
         texts = [part["text"] for part in parts if part.get("type") == "text"]
         if self._image_token is not None and any(self._image_token in text for text in texts):
             raise ValueError(f"a message holds the text {self._image_token!r}, which stands for an image")
+        if not self._joins_texts.get("system" if message["role"] == "developer" else message["role"], True):
+            texts = ["\n".join(texts)]
+            parts = [{"type": "text", "text": texts[0]}]
         if self._takes_strings and len(parts) == len(texts) == 1:
             # Templates that take both may take parts in the user's messages only.
             return {**message, "content": texts[0]}
@@ -121,14 +125,22 @@ class ChatTemplate:
         shown = self._image_token is None or self._image_token in rendered
         return shown and _PROBE in rendered and "'type'" not in rendered and '"type"' not in rendered
 
+    def _shows_both(self, role: str) -> bool:
+        """Whether the template renders two parts of a turn that is not the user's; some take one, or print the list."""
+        words = [f"{_PROBE}-{number}" for number in (1, 2)]
+        said = {"role": role, "content": [{"type": "text", "text": word} for word in words]}
+        asked = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
+        rendered = self._probe_messages([said, asked] if role == "system" else [asked, said])
+        return all(word in rendered for word in words) and "'type'" not in rendered and '"type"' not in rendered
+
     def _probe(self, content: Any) -> str:
         """A user's message as the template renders it; nothing where it fails."""
+        return self._probe_messages([{"role": "user", "content": content}])
+
+    def _probe_messages(self, messages: list[dict[str, Any]]) -> str:
         try:
             rendered = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=True,
+                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
             )
         except Exception:  # a template may fail in any way on what it was not written for
             return ""

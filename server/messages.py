@@ -17,7 +17,6 @@ from server.messages_answer import MessageErrorResponse, MessageObject, MessageS
 from server.messages_protocol import CountTokensRequest, MessagesRequest
 from server.openapi import describe_post
 from server.prompts import render
-from server.protocol import TemplateFields
 from server.sse import NamedEventStream, unless_client_goes
 from server.state import ServerState, read_body, state_of
 
@@ -39,7 +38,7 @@ async def create_message(request: Request) -> Response:
     body = await read_body(request, MessagesRequest)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(state.open_request())
-        chat = await unless_client_goes(request, start_chat(state, body.chat(), arrived))
+        chat = await unless_client_goes(request, _start(state, body, arrived))
         stack.callback(chat.abort)
         reply = Reply(chat)
         if not body.stream:
@@ -57,10 +56,15 @@ async def count_tokens(request: Request) -> dict[str, int]:
     body = await read_body(request, CountTokensRequest)
     state.check_model(body.model)
     async with state.open_request():
-        return {"input_tokens": await unless_client_goes(request, _count(state, body.conversation()))}
+        return {"input_tokens": await unless_client_goes(request, _count(state, body))}
 
 
-async def _count(state: ServerState, body: TemplateFields) -> int:
+async def _start(state: ServerState, body: MessagesRequest, arrived: float) -> Chat:
+    return await start_chat(state, await state.in_text_pool(body.chat), arrived)
+
+
+async def _count(state: ServerState, request: CountTokensRequest) -> int:
+    body = await state.in_text_pool(request.conversation)
     urls = body.image_urls()
     with blaming("messages"):
         state.inputs.check_image_count(len(urls))

@@ -58,7 +58,7 @@ class MessageParam(RequestModel):
     """A turn of a conversation, or a piece of one."""
 
     role: Literal["user", "assistant"]
-    content: str | Annotated[list[Block], Field(fail_fast=True)]
+    content: str | Annotated[list[Block], Field(min_length=1, fail_fast=True)]
 
 
 class Metadata(RequestModel):

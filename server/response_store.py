@@ -30,6 +30,10 @@ class StoredResponse:
         return _ENTRY_BYTES + len(self.input) + len(self.output) + len(self.response)
 
 
+_LARGEST_SHARE = 8
+"""One response takes an eighth of the room at most, lest it drive out all the others."""
+
+
 class ResponseStore:
     """Holds so many responses and bytes; the least recently used make room.
 
@@ -44,7 +48,9 @@ class ResponseStore:
         self._num_bytes = 0
 
     def add(self, entry: StoredResponse) -> None:
-        """Keep a response for as long as there is room."""
+        """Keep a response for as long as there is room; one that would take much of it is not kept at all."""
+        if entry.num_bytes > self._max_bytes // _LARGEST_SHARE:
+            return
         self._entries[entry.id] = entry
         self._num_bytes += entry.num_bytes
         self._use(entry.id)

@@ -75,12 +75,12 @@ async def delete_response(request: Request, name: str) -> dict[str, Any]:
 
 async def _start(state: ServerState, body: ResponsesRequest, owner: bytes, arrived: float) -> "_Reply":
     """Check the request, put what came before in front of it, and start the chat that it means."""
+    state.check_model(body.model)
     body.check_served()
-    messages = body.messages()
-    shown = await state.in_text_pool(_MESSAGES.dump_json, messages)
+    messages, shown = await state.in_text_pool(_turns_of, body)
     before = await _before(state, body, owner, shown)
     with _in_our_words():
-        chat_body = body.chat(before, messages)
+        chat_body = await state.in_text_pool(body.chat, before, messages)
         chat = await start_chat(state, chat_body, arrived)
     params = chat_body.params(state.config.sampling_defaults)
     told = {**body.told_again(), "temperature": params.temperature, "top_p": params.top_p}
@@ -96,6 +96,12 @@ async def _before(state: ServerState, body: ResponsesRequest, owner: bytes, show
     texts = [text for response in earlier for text in (response.input, response.output)]
     check_size(state, "the conversation", *texts, shown)
     return await state.in_text_pool(_turns, earlier)
+
+
+def _turns_of(body: ResponsesRequest) -> tuple[list[Message], bytes]:
+    """The input as turns of a chat, and as the JSON that is kept of them. For the text pool."""
+    messages = body.messages()
+    return messages, _MESSAGES.dump_json(messages)
 
 
 def _turns(responses: list[StoredResponse]) -> list[Message]:

@@ -107,6 +107,10 @@ class ResponseStreamOptions(StreamOptions):
     include_obfuscation: bool | None = False
 
 
+_Name = Annotated[str, Field(max_length=512)]
+"""Told again in the answer and kept with it, so that it has a bound."""
+
+
 class ResponsesRequest(SamplingFields):
     """`POST /v1/responses`, with the extensions that chat and completions have."""
 
@@ -117,8 +121,9 @@ class ResponsesRequest(SamplingFields):
     include: list[str] | None = None
     previous_response_id: str | None = None
     parallel_tool_calls: bool | None = None
-    prompt_cache_key: str | None = None
-    safety_identifier: str | None = None
+    prompt_cache_key: _Name | None = None
+    safety_identifier: _Name | None = None
+    user: _Name | None = None
     metadata: (
         Annotated[
             dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)

@@ -520,7 +520,7 @@ def test_a_client_that_leaves_a_stream(narrow: Server) -> None:
             if number > 20:
                 assert narrow.metric(RUNNING) == 1
                 break
-    narrow.wait_for_metric(RUNNING, lambda value: value == 0, seconds=2)
+    narrow.wait_for_metric(RUNNING, lambda value: value == 0)
     assert narrow.metric("vllm:kv_cache_usage_perc") == 0
     assert narrow.metric(SUCCESS, finished_reason="abort") == aborted + 1
 
@@ -529,7 +529,7 @@ def test_a_client_that_leaves_before_its_answer(narrow: Server) -> None:
     aborted = narrow.metric(SUCCESS, finished_reason="abort")
     with pytest.raises(httpx.ReadTimeout), narrow.client(headers=KEYS[0][0]) as client:
         client.post(PATH, json=body(max_tokens=LONGEST), timeout=1)
-    narrow.wait_for_metric(RUNNING, lambda value: value == 0, seconds=2)
+    narrow.wait_for_metric(RUNNING, lambda value: value == 0)
     assert narrow.metric(SUCCESS, finished_reason="abort") == aborted + 1
 
 

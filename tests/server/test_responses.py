@@ -397,7 +397,7 @@ LONGEST = {"input": "Hi", "max_output_tokens": 16000, "ignore_eos": True}
 
 
 def check_nothing_runs(server: Server) -> None:
-    server.wait_for_metric(RUNNING, lambda value: value == 0, seconds=2)
+    server.wait_for_metric(RUNNING, lambda value: value == 0)
     assert server.metric("vllm:kv_cache_usage_perc") == 0
 
 
@@ -489,17 +489,18 @@ def test_the_store_is_bounded_by_number() -> None:
 
 
 def test_the_store_is_bounded_by_bytes() -> None:
-    store = ResponseStore(max_bytes=4 * entry("x", size=1000).num_bytes)
-    for name in "abcd":
+    store = ResponseStore(max_bytes=16 * entry("x", size=1000).num_bytes)
+    kept = [f"a{i}" for i in range(16)]
+    for name in kept:
         store.add(entry(name, size=1000))
-    assert names(store, *"abcd") == [*"abcd"]
-    store.add(entry("e", size=4000))
-    assert names(store, *"abcde") == ["d", "e"]
-    store.add(entry("f", size=100_000))
-    assert names(store, *"def") == []
-    for name in "ghij":  # what made room is not counted any more
-        store.add(entry(name, size=1000))
-    assert names(store, *"ghij") == [*"ghij"]
+    assert names(store, *kept) == kept
+    store.add(entry("e", size=2500))
+    assert names(store, *kept, "e") == [*kept[2:], "e"]
+    store.add(entry("f", size=100_000))  # would take more than its share
+    assert names(store, *kept[2:], "e", "f") == [*kept[2:], "e"]
+    for i in range(16):  # what made room is not counted any more
+        store.add(entry(f"b{i}", size=1000))
+    assert names(store, *kept, "e", *(f"b{i}" for i in range(16))) == [f"b{i}" for i in range(16)]
 
 
 def test_a_conversation_loses_its_end_first() -> None:
