@@ -168,12 +168,11 @@ def test_parts_are_joined_by_the_template_that_takes_them(tokenizer: Any, file: 
 def test_no_part_of_a_turn_is_lost(tokenizer: Any, file: Path, role: str) -> None:
     """Several texts of a turn that is not the user's, which some templates print as a list or cut to the first one."""
     said: Message = {"role": role, "content": [text("One."), text("Two.")]}
-    question, again = ({"role": "user", "content": [text(asked)]} for asked in (QUESTION, LAST))
-    messages = [question, said, again] if role == "assistant" else [said, question]
-    found = rendered(tokenizer, file, messages)
-    assert "'type'" not in found and found.index("One.") < found.index("Two.") < found.index(
-        messages[-1]["content"][0]["text"]
-    )
+    first: Message = {"role": "user", "content": QUESTION}
+    last: Message = {"role": "user", "content": LAST}
+    found = rendered(tokenizer, file, [first, said, last] if role == "assistant" else [said, last])
+    assert "'type'" not in found
+    assert found.index("One.") < found.index("Two.") < found.index(LAST)
 
 
 @pytest.mark.parametrize("source", ["{{ messages[0].content }}", "{{ messages[0].content | tojson }}"])
