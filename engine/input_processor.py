@@ -67,9 +67,7 @@ class InputProcessor:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with one beginning-of-sequence token where the tokenizer adds one."""
-        most = self.max_model_len * self._longest_token
-        if len(text) > most:
-            raise ValueError(f"the prompt has {len(text)} characters: the context cannot hold more than {most}")
+        self.check_length(len(text))
         try:
             text.encode()
         except UnicodeEncodeError as error:  # the tokenizer would say that this is no string
@@ -79,6 +77,12 @@ class InputProcessor:
         if add_special_tokens and bos is not None and ids[:2] == [bos, bos]:
             return ids[1:]  # the template wrote one too
         return ids
+
+    def check_length(self, characters: int) -> None:
+        """Refuse a text that is too long whatever it says, before any work is spent on it."""
+        most = self.max_model_len * self._longest_token
+        if characters > most:
+            raise ValueError(f"the prompt has {characters} characters: the context cannot hold more than {most}")
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids, no more than the context holds."""

@@ -15,7 +15,7 @@ from engine.config import EngineConfig
 from engine.core.engine_core import EngineCore
 from engine.errors import ModelLoadError, one_line
 from engine.log import configure_logging
-from engine.messages import EngineOutputs, EngineReady, EngineRequest
+from engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineRequest
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +67,10 @@ def run_engine(config: EngineConfig, inbox_address: str, outbox_address: str, lo
 
 def _loop(core: EngineCore, received: _Inbox, to_send: "queue.SimpleQueue[EngineOutputs | None]") -> None:
     while True:
-        outputs = []
+        outputs: list[EngineOutput] = []
         aborted = False
-        while not received.empty() or not core.has_work:
+        # All that has come is taken in before the next step: clients that leave must not cost a step each.
+        while not received.empty() or not (core.has_work or outputs or aborted):
             kind, payload = _next(core, received)
             if kind == STOP:
                 return
@@ -78,8 +79,6 @@ def _loop(core: EngineCore, received: _Inbox, to_send: "queue.SimpleQueue[Engine
             else:
                 core.abort(payload)
                 aborted = True
-            if outputs or aborted:
-                break
         if outputs or (aborted and not core.has_work):
             to_send.put(EngineOutputs(outputs, core.stats()))
         if core.has_work:

@@ -103,10 +103,19 @@ def add_flag(group: Any, flag: "Field[Any]") -> None:
     elif isinstance(default, bool):
         group.add_argument(name, action="store_true", **common)
     elif meta["kind"] == "names":
-        group.add_argument(name, nargs="+", metavar="NAME", **common)
+        group.add_argument(name, nargs="+", action=_Names, metavar="NAME", **common)
     else:
         choices = meta["choices"] or None
         group.add_argument(name, type=meta["kind"] or str, choices=choices, metavar=_metavar(meta), **common)
+
+
+class _Names(argparse.Action):
+    """Takes several names, one after the other or each with the flag, in place of the default."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        """See argparse."""
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if before is self.default else before), *values])
 
 
 def _help(text: str, default: Any) -> str:

@@ -50,6 +50,7 @@ async def start_chat(state: ServerState, body: ChatCompletionRequest, arrived: f
         params = body.params(state.config.sampling_defaults)
     with state.engine.admission(params.n):
         prompt = await chat_prompt(state, body)
+        body.messages = []  # which may hold large images, and are not needed while the answer runs or waits
         bad_words = await state.bad_words(params)
         name = f"chatcmpl-{uuid4().hex}"
         with _max_tokens_as_given(body):

@@ -35,6 +35,8 @@ _UNION_TAGS = ("text", "image", "image_url", "base64", "url", "other")
 """Of content parts and of the sources of images."""
 _RETRY_SECONDS = "1"
 _LONGEST_VALUE = 100
+_LONGEST_MESSAGE = 1000
+"""Characters; what a client sent may be quoted in it, and is cut."""
 
 
 class ApiError(Exception):
@@ -49,6 +51,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + "…"
         super().__init__(message)
         self.status = status
         self.message = message

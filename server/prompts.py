@@ -18,6 +18,7 @@ def render(state: ServerState, body: TemplateFields, tools: list[dict[str, Any]]
         ValueError: the template refuses the conversation.
     """
     body.check_template_fields()
+    state.inputs.check_length(sum(message.num_characters for message in body.messages))
     template = state.template
     if body.chat_template is not None:
         if not state.args.trust_request_chat_template:

@@ -194,6 +194,13 @@ class Message(RequestModel):
     tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
+    @property
+    def num_characters(self) -> int:
+        """Of its texts."""
+        if self.content is None or isinstance(self.content, str):
+            return len(self.content or "")
+        return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
+
     def plain(self) -> dict[str, Any]:
         """As a template takes it."""
         return self.model_dump(exclude_none=True)

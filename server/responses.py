@@ -78,10 +78,13 @@ async def _start(state: ServerState, body: ResponsesRequest, owner: bytes, arriv
     state.check_model(body.model)
     body.check_served()
     messages, shown = await state.in_text_pool(_turns_of, body)
-    before = await _before(state, body, owner, shown)
-    with _in_our_words():
-        chat_body = await state.in_text_pool(body.chat, before, messages)
-        chat = await start_chat(state, chat_body, arrived)
+    async with AsyncExitStack() as stack:
+        if body.previous_response_id is not None:
+            await stack.enter_async_context(state.continuing)
+        before = await _before(state, body, owner, shown)
+        with _in_our_words():
+            chat_body = await state.in_text_pool(body.chat, before, messages)
+            chat = await start_chat(state, chat_body, arrived)
     params = chat_body.params(state.config.sampling_defaults)
     told = {**body.told_again(), "temperature": params.temperature, "top_p": params.top_p}
     return _Reply(state, body, chat, told, owner, shown)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic.json_schema import SkipJsonSchema
 
 from server.errors import bad_request
@@ -107,6 +107,17 @@ class ResponseStreamOptions(StreamOptions):
     include_obfuscation: bool | None = False
 
 
+_MOST_PAIRS = 16
+_Metadata = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]]
+
+
+def _few_pairs(metadata: Any) -> Any:
+    """Counted before the pairs are looked at one by one."""
+    if isinstance(metadata, dict) and len(metadata) > _MOST_PAIRS:
+        raise ValueError(f"holds {len(metadata)} pairs: at most {_MOST_PAIRS} are allowed")
+    return metadata
+
+
 _Name = Annotated[str, Field(max_length=512)]
 """Told again in the answer and kept with it, so that it has a bound."""
 
@@ -118,18 +129,13 @@ class ResponsesRequest(SamplingFields):
     instructions: str | None = None
     max_output_tokens: int | None = None
     top_logprobs: int | None = None
-    include: list[str] | None = None
+    include: Annotated[list[str], Field(max_length=16, fail_fast=True)] | None = None
     previous_response_id: str | None = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: _Name | None = None
     safety_identifier: _Name | None = None
     user: _Name | None = None
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-        ]
-        | None
-    ) = None
+    metadata: Annotated[_Metadata, BeforeValidator(_few_pairs)] | None = None
     stream_options: ResponseStreamOptions | None = None
     text: TextConfig | None = None
     reasoning: dict[str, Any] | None = None

@@ -34,6 +34,9 @@ _VALUES_PER_TOKEN = 16
 needs, and few enough that checking each takes no time that others would notice.
 """
 
+# A request of a hundred bytes may continue a conversation of many megabytes.
+_CONTINUED_AT_ONCE = 4
+
 # Bodies above this many bytes are parsed in a thread, so that others' tokens do not wait for it.
 _PARSED_AT_ONCE = 64 << 10
 
@@ -51,6 +54,8 @@ class ServerState:
     text_pool: ThreadPoolExecutor
     """For tokenizers and templates."""
     image_pool: ThreadPoolExecutor
+    continuing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_CONTINUED_AT_ONCE))
+    """Held while what was kept of a conversation is in memory once more, to make a prompt of it."""
     draining: bool = False
     num_open: int = 0
     """Requests that are being answered."""

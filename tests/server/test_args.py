@@ -87,6 +87,7 @@ def test_api_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "from-environment")
     assert parse_args(["--model", "m"])[1].api_key == ["from-environment"]
     assert parse_args(["--model", "m", "--api-key", "a", "b"])[1].api_key == ["a", "b", "from-environment"]
+    assert parse_args(["--api-key", "a", "--api-key", "b"])[1].api_key == ["a", "b", "from-environment"]
 
 
 @pytest.mark.parametrize(

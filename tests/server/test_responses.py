@@ -527,3 +527,17 @@ def test_the_store_tells_owners_apart() -> None:
             with pytest.raises(KeyError):
                 ask(owner, "a")
     assert store.get(b"one", "a").id == "a"
+
+
+def test_what_is_quoted_in_errors_is_cut(server: Server) -> None:
+    for path, body in ((PATH, {"input": "Hi"}), (CHAT, {"messages": [user("Hi")]})):
+        response = server.post(path, {**body, "service_tier": "max " * 100_000})
+        assert response.status_code == 400
+        assert len(response.json()["error"]["message"]) < 1100
+
+
+@pytest.mark.parametrize("field", ["input", "instructions"])
+def test_a_text_that_no_context_holds_is_refused_at_once(server: Server, field: str) -> None:
+    response = server.post(PATH, {"input": "Hi", field: "a" * 3_000_000})
+    assert response.status_code == 400
+    assert "the context cannot hold more than" in response.json()["error"]["message"]
