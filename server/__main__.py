@@ -16,16 +16,21 @@ def main() -> None:
     """Serve until told to stop; the exit status is 0 unless the engine died."""
     engine_args, args = parse_args(sys.argv[1:])
     begun: list[EngineProcess] = []
+    told_to_leave = False
 
     def leave(*_: object) -> None:
-        # An exception could be lost in whatever runs at this moment: an import, a download's threads.
-        for process in begun:
-            process.kill_if_idle()
-        os._exit(0)
+        nonlocal told_to_leave
+        told_to_leave = True
+        if begun:  # sooner, the process would be left with half of what it is told at its start
+            begun[0].kill_if_idle()
+            # An exception could be lost in whatever runs at this moment: an import, a download's threads.
+            os._exit(0)
 
     for number in (signal.SIGINT, signal.SIGTERM):  # until the event loop takes care of them
         signal.signal(number, leave)
     begun.append(EngineProcess(args.log_level))
+    if told_to_leave:
+        leave()
     try:
         from server.run import run
 
