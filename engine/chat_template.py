@@ -19,27 +19,23 @@ _JINJA = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])  # to look w
 
 def find_template(config: EngineConfig, given: str | None, tokenizer: Any) -> str | None:
     """The template to use: what was given, else the checkpoint's, else LLaVA-1.5's for a LLaVA; None where there is
-    none. As in transformers, the processor's chat_template.json comes before the tokenizer's own for a vision model.
+    none. Where a checkpoint has several, they come in the order in which transformers takes them: a vision model's
+    processor in its older files first, a tokenizer in chat_template.jinja.
 
     Raises:
         ModelLoadError: the checkpoint's template cannot be read.
     """
     if given is not None:
         return given
-    file = config.model_path / "chat_template.jinja"
-    try:
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelLoadError(f"{file} cannot be read: {error}") from error
+    folder = config.model_path
     own: str | dict[str, str] | None = tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default")
-    old = _old_template(config.model_path / "chat_template.json")
-    if config.vision is None:
-        return old if own is None else own
-    found = own if old is None else old
-    return _LLAVA_TEMPLATE.read_text(encoding="utf-8") if found is None else found
+    older = [_template_in(folder / "processor_config.json"), _template_in(folder / "chat_template.json")]
+    newer = [_read(folder / "chat_template.jinja"), own]
+    ordered = [*newer, *older] if config.vision is None else [*older, *newer]
+    found = next((template for template in ordered if template is not None), None)
+    return _LLAVA_TEMPLATE.read_text(encoding="utf-8") if found is None and config.vision is not None else found
 
 
 def image_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -57,6 +53,7 @@ class ChatTemplate:
         self._image_token = image_token
         self._takes_parts = template is not None and self._shows_parts()
         self._takes_strings = template is not None and _PROBE in self._probe(_PROBE)
+        self._knows_developer = self._shows_developer()
         self._joins_texts = {role: self._takes_parts and self._shows_both(role) for role in ("system", "assistant")}
 
     def render(
@@ -99,6 +96,8 @@ class ChatTemplate:
             raise ValueError(f"the messages hold {images} images, but as a prompt {found} image placeholders")
 
     def _prepare(self, message: dict[str, Any]) -> dict[str, Any]:
+        if message["role"] == "developer" and not self._knows_developer:
+            message = {**message, "role": "system"}
         content = message.get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
         texts = [part["text"] for part in parts if part.get("type") == "text"]
@@ -124,6 +123,15 @@ class ChatTemplate:
         rendered = self._probe(parts)
         shown = self._image_token is None or self._image_token in rendered
         return shown and _PROBE in rendered and "'type'" not in rendered and '"type"' not in rendered
+
+    def _shows_developer(self) -> bool:
+        """Whether the template has a place for OpenAI's newer name of the system's role."""
+
+        def content(text: str) -> Any:
+            return [{"type": "text", "text": text}] if self._takes_parts and not self._takes_strings else text
+
+        said = {"role": "developer", "content": content(_PROBE)}
+        return _PROBE in self._probe_messages([said, {"role": "user", "content": content("Hi")}])
 
     def _shows_both(self, role: str) -> bool:
         """Whether the template renders two parts of a turn that is not the user's; some take one, or print the list."""
@@ -163,12 +171,18 @@ def read_template(given: str) -> str:
     return template
 
 
-def _old_template(file: Path) -> str | None:
-    """The template of checkpoints that keep it in chat_template.json."""
-    if not file.is_file():
-        return None
+def _template_in(file: Path) -> str | None:
+    """The template of checkpoints that keep it in a JSON file."""
+    text = _read(file)
     try:
-        template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
-    except (OSError, ValueError, AttributeError) as error:
+        template = None if text is None else json.loads(text).get("chat_template")
+    except (ValueError, AttributeError) as error:
         raise ModelLoadError(f"{file} cannot be read: {error}") from error
     return template if isinstance(template, str) else None
+
+
+def _read(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"{file} cannot be read: {error}") from error

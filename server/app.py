@@ -35,6 +35,7 @@ def create_app(state: ServerState) -> FastAPI:
         description=ABOUT,
         version=program_version(),
         root_path=state.args.root_path,
+        redirect_slashes=False,  # a redirect would repeat the Host that a client names
     )
     app.needs_key = bool(state.args.api_key)
     app.state.server = state

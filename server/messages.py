@@ -16,7 +16,7 @@ from server.generation import Answer
 from server.messages_answer import MessageErrorResponse, MessageObject, MessageStreamEvent, TokenCount
 from server.messages_protocol import CountTokensRequest, MessagesRequest
 from server.openapi import describe_post
-from server.prompts import render
+from server.prompts import check_system_text, render
 from server.sse import NamedEventStream, unless_client_goes
 from server.state import ServerState, read_body, state_of
 
@@ -60,13 +60,15 @@ async def count_tokens(request: Request) -> dict[str, int]:
 
 
 async def _start(state: ServerState, body: MessagesRequest, arrived: float) -> Chat:
+    check_system_text(state, "system", body.system_text)
     return await start_chat(state, await state.in_text_pool(body.chat), arrived)
 
 
 async def _count(state: ServerState, request: CountTokensRequest) -> int:
+    check_system_text(state, "system", request.system_text)
     body = await state.in_text_pool(request.conversation)
     urls = body.image_urls()
-    with blaming("messages"):
+    with blaming("messages"), state.engine.admission(1):
         state.inputs.check_image_count(len(urls))
         token_ids = await state.in_text_pool(render, state, body)
         # Every image has the same number of tokens, so that those elsewhere need not be fetched. Those that are here
@@ -100,13 +102,12 @@ class Reply:
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The events of a stream: one block of text, in a message."""
-        begun = False
+        # How much of the prompt was cached is not known yet; `message_delta` tells.
+        yield {"type": "message_start", "message": self._message([], _stop(None, None))}
+        yield {"type": "content_block_start", "index": 0, "content_block": _text_block("")}
+        yield {"type": "ping"}
         async with aclosing(self._chat.deltas()) as deltas:
             async for delta in deltas:
-                if not begun:  # no sooner, as only now it is known how much of the prompt was cached
-                    begun = True
-                    yield {"type": "message_start", "message": self._message([], _stop(None, None))}
-                    yield {"type": "content_block_start", "index": 0, "content_block": _text_block("")}
                 if delta.text:
                     change = {"type": "text_delta", "text": delta.text}
                     yield {"type": "content_block_delta", "index": 0, "delta": change}

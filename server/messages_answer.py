@@ -132,8 +132,16 @@ class MessageStopEvent(TypedDict):
     type: Literal["message_stop"]
 
 
+@closed
+class PingEvent(TypedDict):
+    """Nothing new."""
+
+    type: Literal["ping"]
+
+
 MessageStreamEvent = Annotated[
     MessageStartEvent
+    | PingEvent
     | BlockStartEvent
     | BlockDeltaEvent
     | BlockStopEvent

@@ -85,6 +85,11 @@ class CountTokensRequest(RequestModel):
     inference_geo: Any = None
     speed: Literal["standard"] | None = None
 
+    @property
+    def system_text(self) -> str:
+        """What `system` says."""
+        return self.system if isinstance(self.system, str) else "\n".join(part.text for part in self.system or [])
+
     def conversation(self) -> TemplateFields:
         """The conversation as a chat has it; a last turn of the assistant is the beginning of the answer.
 

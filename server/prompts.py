@@ -36,6 +36,12 @@ def render(state: ServerState, body: TemplateFields, tools: list[dict[str, Any]]
     return state.inputs.encode(text, add_special_tokens=body.add_special_tokens is not False)
 
 
+def check_system_text(state: ServerState, field: str, text: str) -> None:
+    """Refuse the image placeholder in a field of its own, which a chat would blame on its messages."""
+    if state.inputs.image_token is not None and state.inputs.image_token in text:
+        raise bad_request(f"{field} holds the text {state.inputs.image_token!r}, which stands for an image", field)
+
+
 async def chat_prompt(state: ServerState, body: ChatCompletionRequest) -> ProcessedPrompt:
     """Render a conversation and put its images in."""
     urls = body.image_urls()

@@ -1,6 +1,6 @@
 """The responses that can be asked for again, or be continued."""
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,8 +34,34 @@ _LARGEST_SHARE = 8
 """One response takes an eighth of the room at most, lest it drive out all the others."""
 
 
+class _Shelf:
+    """One owner's responses, the least recently used first."""
+
+    def __init__(self) -> None:
+        self.entries: OrderedDict[str, StoredResponse] = OrderedDict()
+        self.num_bytes = 0
+
+    def add(self, entry: StoredResponse) -> None:
+        self.entries[entry.id] = entry
+        self.num_bytes += entry.num_bytes
+
+    def use(self, name: str) -> None:
+        for entry in self.lineage(name):
+            self.entries.move_to_end(entry.id)
+
+    def lineage(self, name: str | None) -> Iterator[StoredResponse]:
+        """A response and those before it, the newest first, as far as they are there."""
+        while name is not None and name in self.entries:
+            yield self.entries[name]
+            name = self.entries[name].previous
+
+    def drop(self, name: str) -> None:
+        self.num_bytes -= self.entries.pop(name).num_bytes
+
+
 class ResponseStore:
-    """Holds so many responses and bytes; the least recently used make room.
+    """Holds so many responses and bytes. Whose responses take most of the room makes room, with the least recently used
+    of them, so that nobody can drive out another's.
 
     Using a response uses those before it, so that a conversation loses its end before its beginning and what can be
     found can be continued, unless a response before it was deleted.
@@ -44,18 +70,18 @@ class ResponseStore:
     def __init__(self, max_responses: int = 1024, max_bytes: int = 256 << 20) -> None:
         self._max_responses = max_responses
         self._max_bytes = max_bytes
-        self._entries: OrderedDict[str, StoredResponse] = OrderedDict()
-        self._num_bytes = 0
+        self._shelves: defaultdict[bytes, _Shelf] = defaultdict(_Shelf)
+        """By owner, of whom there are no more than API keys."""
 
     def add(self, entry: StoredResponse) -> None:
         """Keep a response for as long as there is room; one that would take much of it is not kept at all."""
         if entry.num_bytes > self._max_bytes // _LARGEST_SHARE:
             return
-        self._entries[entry.id] = entry
-        self._num_bytes += entry.num_bytes
-        self._use(entry.id)
-        while len(self._entries) > self._max_responses or self._num_bytes > self._max_bytes:
-            self._drop(next(iter(self._entries)))
+        self._shelves[entry.owner].add(entry)
+        self._shelves[entry.owner].use(entry.id)
+        while self._excess() > 1:
+            fullest = max(self._shelves.values(), key=self._share)
+            fullest.drop(next(iter(fullest.entries)))
 
     def get(self, owner: bytes, name: str) -> StoredResponse:
         """One response.
@@ -63,10 +89,9 @@ class ResponseStore:
         Raises:
             KeyError: it is not there, or is another's.
         """
-        entry = self._entries[name]
-        if entry.owner != owner:
-            raise KeyError(name)
-        self._use(name)
+        shelf = self._shelves[owner]
+        entry = shelf.entries[name]
+        shelf.use(name)
         return entry
 
     def conversation(self, owner: bytes, name: str) -> list[StoredResponse]:
@@ -75,25 +100,21 @@ class ResponseStore:
         Raises:
             KeyError: one of them is not there, or is another's.
         """
-        newest = self.get(owner, name)
-        found = list(self._lineage(newest.id))
+        self.get(owner, name)
+        found = list(self._shelves[owner].lineage(name))
         if found[-1].previous is not None:
             raise KeyError(found[-1].previous)
         return found[::-1]
 
     def delete(self, owner: bytes, name: str) -> None:
         """Forget one response; `KeyError` as for `get`."""
-        self._drop(self.get(owner, name).id)
+        self._shelves[owner].drop(name)
 
-    def _lineage(self, name: str | None) -> Iterator[StoredResponse]:
-        """A response and those before it, the newest first, as far as they are there."""
-        while name is not None and name in self._entries:
-            yield self._entries[name]
-            name = self._entries[name].previous
+    def _share(self, shelf: _Shelf) -> float:
+        """The part of the room that it takes, by number or bytes, whichever is more."""
+        return max(len(shelf.entries) / self._max_responses, shelf.num_bytes / self._max_bytes)
 
-    def _use(self, name: str) -> None:
-        for entry in self._lineage(name):
-            self._entries.move_to_end(entry.id)
-
-    def _drop(self, name: str) -> None:
-        self._num_bytes -= self._entries.pop(name).num_bytes
+    def _excess(self) -> float:
+        number = sum(len(shelf.entries) for shelf in self._shelves.values())
+        num_bytes = sum(shelf.num_bytes for shelf in self._shelves.values())
+        return max(number / self._max_responses, num_bytes / self._max_bytes)

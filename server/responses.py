@@ -9,14 +9,15 @@ from uuid import uuid4
 
 import msgspec
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 from pydantic import TypeAdapter
 from starlette.responses import Response
 
+from engine.outputs import Delta
 from server.chat import Chat, logprob_json, start_chat
 from server.errors import ApiError, bad_request, from_exception
-from server.generation import Answer, Usage
+from server.generation import Usage
 from server.openapi import describe, describe_post
+from server.prompts import check_system_text
 from server.protocol import Message
 from server.response_store import StoredResponse
 from server.responses_answer import DeletedResponse, ResponseObject, ResponseStreamEvent
@@ -49,7 +50,7 @@ async def create_response(request: Request) -> Response:
         reply = await unless_client_goes(request, _start(state, body, _owner(request), arrived))
         stack.callback(reply.abort)
         if not body.stream:
-            return JSONResponse(await unless_client_goes(request, reply.whole()))
+            return Response(await unless_client_goes(request, reply.whole()), media_type="application/json")
         return NamedEventStream(reply.events(), stack.pop_all())
 
 
@@ -77,6 +78,7 @@ async def _start(state: ServerState, body: ResponsesRequest, owner: bytes, arriv
     """Check the request, put what came before in front of it, and start the chat that it means."""
     state.check_model(body.model)
     body.check_served()
+    check_system_text(state, "instructions", body.instructions or "")
     messages, shown = await state.in_text_pool(_turns_of, body)
     async with AsyncExitStack() as stack:
         if body.previous_response_id is not None:
@@ -145,13 +147,13 @@ class _Reply:
         """Stop what still runs."""
         self._chat.abort()
 
-    async def whole(self) -> dict[str, Any]:
-        """The response in one piece."""
-        answer = Answer()
+    async def whole(self) -> bytes:
+        """The response in one piece, as JSON."""
+        text = _Text()
         async with aclosing(self._chat.deltas()) as deltas:
             async for delta in deltas:
-                answer.add(delta)
-        return self._finish(answer)
+                text.add(delta)
+        return self._finish(text, self._message(text.status, [text.part()]))
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The events of a stream; the last one has the whole response, or tells why there is none."""
@@ -167,40 +169,39 @@ class _Reply:
 
     async def _answer_events(self) -> AsyncGenerator[dict[str, Any], None]:
         place = {"item_id": self._message_id, **_PLACE}
+        text = _Text()
         yield self._event("output_item.added", output_index=0, item=self._message("in_progress", []))
-        yield self._event("content_part.added", **place, part=_part(Answer()))
-        answer = Answer()
+        yield self._event("content_part.added", **place, part=text.part())
         async with aclosing(self._chat.deltas()) as deltas:
             async for delta in deltas:
-                answer.add(delta)
+                logprobs = text.add(delta)
                 if delta.text or delta.logprobs:
-                    logprobs = [logprob_json(entry) for entry in delta.logprobs]
                     yield self._event("output_text.delta", **place, delta=delta.text, logprobs=logprobs)
-        response = self._finish(answer)
-        (message,) = response["output"]
-        (part,) = message["content"]
-        yield self._event("output_text.done", **place, text=part["text"], logprobs=part["logprobs"])
+        part = text.part()
+        message = self._message(text.status, [part])
+        response = msgspec.Raw(self._finish(text, message))
+        yield self._event("output_text.done", **place, text=text.text, logprobs=text.logprobs)
         yield self._event("content_part.done", **place, part=part)
         yield self._event("output_item.done", output_index=0, item=message)
-        yield self._event(response["status"], response=response)
+        yield self._event(text.status, response=response)
 
     def _event(self, name: str, **fields: Any) -> dict[str, Any]:
         number = self._num_events
         self._num_events += 1
         return {"type": f"response.{name}", "sequence_number": number, **fields}
 
-    def _finish(self, answer: Answer) -> dict[str, Any]:
-        """The response to an answer that is complete, kept if it is to be."""
-        is_cut = answer.finish_reason == "length"
-        status = "incomplete" if is_cut else "completed"
+    def _finish(self, text: "_Text", message: dict[str, Any]) -> bytes:
+        """JSON of the response to an answer that is complete, kept if it is to be."""
+        is_cut = text.status == "incomplete"
         response = {
             **self._head,
-            "status": status,
+            "status": text.status,
             "completed_at": None if is_cut else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-            "output": [self._message(status, [_part(answer)])],
+            "output": [message],
             "usage": _usage(self._chat.usage),
         }
+        encoded = msgspec.json.encode(response)
         if self._body.is_stored:
             self._state.responses.add(
                 StoredResponse(
@@ -208,21 +209,54 @@ class _Reply:
                     owner=self._owner,
                     previous=self._body.previous_response_id,
                     input=self._shown,
-                    output="".join(answer.text).encode(),
-                    response=msgspec.json.encode(response),
+                    output=text.text.encode(),
+                    response=encoded,
                 )
             )
-        return response
+        return encoded
 
-    def _message(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+    def _message(self, status: str, content: list[msgspec.Raw]) -> dict[str, Any]:
         return {
             "id": self._message_id, "type": "message", "role": "assistant", "status": status, "content": content
         }  # fmt: skip
 
 
-def _part(answer: Answer) -> dict[str, Any]:
-    logprobs = [logprob_json(entry) for entry in answer.logprobs]
-    return {"type": "output_text", "text": "".join(answer.text), "annotations": [], "logprobs": logprobs}
+class _Text:
+    """The only part of an answer as it grows. What was encoded once is not encoded again: with many rivals a token,
+    an answer's log probabilities take megabytes, and its last events tell them four times.
+    """
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._logprobs: list[bytes] = []
+        self.status = "completed"
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self._texts)
+
+    @property
+    def logprobs(self) -> msgspec.Raw:
+        """JSON list of all log probabilities."""
+        return _json_list(self._logprobs)
+
+    def add(self, delta: Delta) -> msgspec.Raw:
+        """Append what comes new; JSON list of its log probabilities."""
+        new = [msgspec.json.encode(logprob_json(entry)) for entry in delta.logprobs]
+        self._texts.append(delta.text)
+        self._logprobs += new
+        self.status = "incomplete" if delta.finish_reason == "length" else "completed"
+        return _json_list(new)
+
+    def part(self) -> msgspec.Raw:
+        """JSON of the part."""
+        part = {"type": "output_text", "text": self.text, "annotations": [], "logprobs": self.logprobs}
+        return msgspec.Raw(msgspec.json.encode(part))
+
+
+def _json_list(items: list[bytes]) -> msgspec.Raw:
+    return msgspec.Raw(b"[" + b",".join(items) + b"]")
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
@@ -260,6 +294,10 @@ def _in_our_words() -> Iterator[None]:
         yield
     except (ApiError, ValueError) as error:
         told = from_exception(error)
-        message = re.sub(r"^messages\b|\bmax_completion_tokens\b", lambda found: _FIELDS[found[0]], told.message)
+        message = re.sub(
+            r"^(messages|max_completion_tokens)\b|(?<=exceed )max_completion_tokens",
+            lambda found: _FIELDS[found[0]],
+            told.message,
+        )
         param = _FIELDS.get(told.param or "", told.param)
         raise ApiError(told.status, message, param=param, code=told.code, headers=told.headers) from error

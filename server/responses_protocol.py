@@ -25,9 +25,10 @@ LOGPROBS = "message.output_text.logprobs"
 
 # What these may be; anything else asks for what is not there, or for what goes by another name here.
 _SERVED: dict[str, tuple[Any, ...]] = {
-    "background": (False,), "context_management": ([],), "conversation": (), "max_tokens": (), "max_tool_calls": (),
-    "moderation": (), "n": (1,), "prompt": (), "prompt_cache_retention": ("in_memory",), "prompt_logprobs": (),
-    "return_token_ids": (False,), "tool_choice": ("auto", "none"), "tools": ([],), "truncation": ("disabled",),
+    "background": (False,), "context_management": ([],), "conversation": (), "max_completion_tokens": (),
+    "max_tokens": (), "max_tool_calls": (), "moderation": (), "n": (1,), "prompt": (),
+    "prompt_cache_retention": ("in_memory",), "prompt_logprobs": (), "return_token_ids": (False,),
+    "tool_choice": ("auto", "none"), "tools": ([],), "truncation": ("disabled",),
 }  # fmt: skip
 # Fields of `SamplingFields` that a chat is not given: what they ask for is done around it.
 _AROUND_CHAT = {"stream", "stream_options", "store", "metadata", "user"}
@@ -142,6 +143,7 @@ class ResponsesRequest(SamplingFields):
     background: bool | None = None
     context_management: Any = None
     conversation: Any = None
+    max_completion_tokens: Any = None
     max_tool_calls: Any = None
     moderation: Any = None
     prompt: Any = None

@@ -308,6 +308,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, tuple[object, ...]]] = [
     ({"input": "a <image> b"}, "input", ("<image>",)),
     ({"input": "long " * 20000}, "input", (16384,)),
     ({"instructions": ["x"]}, "instructions", ("string",)),
+    ({"instructions": "An <image>."}, "instructions", ("<image>",)),
+    ({"input": "An <image>."}, "input", ("<image>",)),
     ({"max_output_tokens": 0}, "max_output_tokens", ("max_output_tokens", 0, 1)),
     ({"max_output_tokens": 20000}, "max_output_tokens", ("max_output_tokens", 20000, 16384)),
     ({"min_tokens": 30}, "min_tokens", (30, "max_output_tokens", 12)),
@@ -337,6 +339,7 @@ NOT_AVAILABLE: list[tuple[dict[str, Any], str]] = [
     ({"include": ["reasoning.encrypted_content"]}, "include"),
     ({"include": [LOGPROBS, "file_search_call.results"]}, "include"),
     ({"max_tokens": 5}, "max_tokens"),
+    ({"max_completion_tokens": 5}, "max_completion_tokens"),
     ({"max_tool_calls": 5}, "max_tool_calls"),
     ({"moderation": {"model": "x"}}, "moderation"),
     ({"n": 2}, "n"),
@@ -517,6 +520,19 @@ def test_a_conversation_loses_its_end_first() -> None:
     assert store.get(b"", "b").previous == "a"
     with pytest.raises(KeyError):
         store.conversation(b"", "b")
+
+
+def test_nobody_drives_out_another_s_responses() -> None:
+    for limits in ({"max_responses": 8}, {"max_bytes": 8 * entry("x", size=1000).num_bytes}):
+        store = ResponseStore(**limits)
+        for name in "ab":
+            store.add(entry(name, size=1000, owner=b"modest"))
+        for number in range(50):
+            store.add(entry(f"{number}", size=1000, owner=b"busy"))
+        assert [store.get(b"modest", name).id for name in "ab"] == ["a", "b"]
+        assert [store.get(b"busy", f"{number}").id for number in range(44, 50)]
+        with pytest.raises(KeyError):
+            store.get(b"busy", "43")
 
 
 def test_the_store_tells_owners_apart() -> None:

@@ -1,11 +1,14 @@
 """Prompts by templates of the public kinds are those of Hugging Face's own rendering, token for token."""
 
 import json
+import shutil
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer, LlavaProcessor
 
 from engine.args import EngineArgs
 from engine.chat_template import ChatTemplate, find_template
@@ -181,10 +184,54 @@ def test_a_list_that_is_printed_was_not_understood(tokenizer: Any, source: str) 
     assert said.strip('"') in ("Hi\nyou", "Hi\\nyou")
 
 
-@pytest.mark.parametrize(("vision", "wanted"), [(object(), "processor's"), (None, "tokenizer's")])
-def test_the_processor_s_template_is_that_of_a_vision_model(tmp_path: Path, vision: Any, wanted: str) -> None:
-    """Transformers takes chat_template.json for processors only, and before the tokenizer's template."""
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "processor's"}))
-    config: Any = SimpleNamespace(model_path=tmp_path, vision=vision)
-    assert find_template(config, None, SimpleNamespace(chat_template="tokenizer's")) == wanted
-    assert find_template(config, None, SimpleNamespace(chat_template=None)) == "processor's"
+OWN = "tokenizer's"
+FILES_BY_RANK = ["processor_config.json", "chat_template.json", "chat_template.jinja"]
+
+
+def write_template(folder: Path, name: str) -> None:
+    (folder / name).write_text(name if name.endswith("jinja") else json.dumps({"chat_template": name}))
+
+
+@pytest.mark.parametrize("names", [c for n in range(4) for c in combinations(FILES_BY_RANK, n)], ids="+".join)
+def test_of_several_templates_the_one_that_transformers_takes(
+    tmp_path: Path, checkpoint: MakeCheckpoint, names: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint(), folder)
+    for name in FILES_BY_RANK:
+        (folder / name).unlink(missing_ok=True)
+    for name in names:
+        write_template(folder, name)
+    for vision in (None, object()):
+        config: Any = SimpleNamespace(model_path=folder, vision=vision)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        wanted = tokenizer.chat_template
+        if vision is not None:
+            given = LlavaProcessor.get_processor_dict(folder)[0].get("chat_template")
+            wanted = wanted if given is None else given
+        if wanted is not None:
+            assert find_template(config, None, tokenizer) == wanted
+
+
+def test_templates_that_only_processors_know_serve_a_text_model_too(tmp_path: Path) -> None:
+    config: Any = SimpleNamespace(model_path=tmp_path, vision=None)
+    write_template(tmp_path, "chat_template.json")
+    assert find_template(config, None, SimpleNamespace(chat_template=OWN)) == OWN
+    assert find_template(config, None, SimpleNamespace(chat_template=None)) == "chat_template.json"
+
+
+@pytest.mark.parametrize(
+    ("source", "role"),
+    [
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "developer"),
+        ("{% for m in messages %}{% if m.role in ('system', 'user') %}{{ m.role }}: {{ m.content }}\n{% endif %}"
+         "{% endfor %}", "system"),
+        ("{% for m in messages %}{% if m.role == 'developer' %}{{ raise_exception('who?') }}{% endif %}"
+         "{{ m.role }}: {{ m.content }}\n{% endfor %}", "system"),
+        ("{% for m in messages if m.role != 'developer' %}{{ m.role }}: {{ m.content[0].text }}\n"
+         "{% endfor %}", "system"),
+    ],
+)  # fmt: skip
+def test_a_developer_is_the_system_where_a_template_does_not_know_it(tokenizer: Any, source: str, role: str) -> None:
+    messages: list[Message] = [{"role": "developer", "content": SYSTEM}, {"role": "user", "content": LAST}]
+    assert ChatTemplate(tokenizer, source, None).render(messages) == f"{role}: {SYSTEM}\nuser: {LAST}\n"
