@@ -22,13 +22,15 @@ from engine.input_processor import InputProcessor, ProcessedPrompt
 from engine.messages import EngineOutput, EngineOutputs, EngineReady, EngineRequest, SchedulerStats
 from engine.output_processor import OutputProcessor
 from engine.outputs import Delta
-from engine.process import ABORT, ADD, FAILED, OUTPUTS, STOP
+from engine.process import ABORT, ADD, ALIVE, FAILED, HEARTBEAT_SECONDS, OUTPUTS, STOP
 from engine.sampling_params import SamplingParams
 from engine.spawn import Assignment, EngineProcess
 
 logger = logging.getLogger(__name__)
 
 _STOP_SECONDS = 5.0
+_SILENT_SECONDS = 10 * HEARTBEAT_SECONDS
+"""After which an engine process that says nothing is taken for one that stands still."""
 
 
 class ResponseStream:
@@ -116,6 +118,7 @@ class AsyncEngine:
         self.dead = asyncio.Event()
         """Set when the engine process has ended, wanted or not."""
         self._num_claimed = 0
+        self._heard_at = time.monotonic()
         self._outputs: OutputProcessor
         self._process: BaseProcess
         self._streams: dict[str, ResponseStream] = {}
@@ -154,6 +157,15 @@ class AsyncEngine:
         return not self.dead.is_set()
 
     @property
+    def trouble(self) -> str | None:
+        """Why no request would be served; None where nothing is wrong."""
+        if not self.is_alive:
+            return "the engine has stopped"
+        if time.monotonic() - self._heard_at > _SILENT_SECONDS:
+            return "the engine does not respond"
+        return None
+
+    @property
     def num_active(self) -> int:
         """Answers that run or wait."""
         return len(self._streams)
@@ -166,8 +178,8 @@ class AsyncEngine:
             QueueFullError: as many wait as are allowed to.
             EngineDeadError: the engine process ended.
         """
-        if not self.is_alive:
-            raise EngineDeadError
+        if self.trouble is not None:
+            raise EngineDeadError(self.trouble)
         room = self.config.max_num_seqs + self.config.max_num_queued_reqs
         full = self.stats.num_waiting > self.config.max_num_queued_reqs
         if full or self.num_active + self._num_claimed + count > max(room, count):
@@ -307,6 +319,9 @@ class AsyncEngine:
         decoder = msgspec.msgpack.Decoder(EngineOutputs)
         while True:
             kind, payload = await self._outbox.recv_multipart()
+            self._heard_at = time.monotonic()
+            if kind == ALIVE:
+                continue
             assert kind == OUTPUTS
             received = decoder.decode(payload)
             self.stats = received.stats

@@ -80,9 +80,14 @@ class InputProcessor:
 
     def check_length(self, characters: int) -> None:
         """Refuse a text that is too long whatever it says, before any work is spent on it."""
-        most = self.max_model_len * self._longest_token
+        most = self.most_characters
         if characters > most:
             raise ValueError(f"the prompt has {characters} characters: the context cannot hold more than {most}")
+
+    @property
+    def most_characters(self) -> int:
+        """That the context could hold, whatever they say."""
+        return self.max_model_len * self._longest_token
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids, no more than the context holds."""

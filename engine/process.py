@@ -21,8 +21,10 @@ logger = logging.getLogger(__name__)
 
 # The first frame of a message says what the second one holds.
 ADD, ABORT, STOP = b"add", b"abort", b"stop"
-READY, FAILED, OUTPUTS = b"ready", b"failed", b"outputs"
+READY, FAILED, OUTPUTS, ALIVE = b"ready", b"failed", b"outputs", b"alive"
 
+HEARTBEAT_SECONDS = 1.0
+"""After which the process says that it is there when it has nothing else to say."""
 _IDLE_SECONDS = 1.0
 """Without work after which there is time to look whether all is in order."""
 
@@ -116,7 +118,14 @@ def _receive_until_stop(inbox: zmq.Socket[bytes], received: _Inbox) -> None:
 
 def _send(outbox: zmq.Socket[bytes], to_send: "queue.SimpleQueue[EngineOutputs | None]") -> None:
     encoder = msgspec.msgpack.Encoder()
-    while (outputs := to_send.get()) is not None:
+    while True:
+        try:
+            outputs = to_send.get(timeout=HEARTBEAT_SECONDS)
+        except queue.Empty:
+            outbox.send_multipart([ALIVE, b""])
+            continue
+        if outputs is None:
+            return
         outbox.send_multipart([OUTPUTS, encoder.encode(outputs)])
 
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -47,9 +48,22 @@ def create_app(state: ServerState) -> FastAPI:
     if state.args.api_key:
         app.add_middleware(ApiKeyMiddleware, keys=state.args.api_key)
     app.add_middleware(
-        CORSMiddleware, allow_origins=state.args.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        JsonCorsMiddleware, allow_origins=state.args.allowed_origins, allow_methods=["*"], allow_headers=["*"]
     )
     return app
+
+
+class JsonCorsMiddleware(CORSMiddleware):
+    """Says what it refuses as everything else here does."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """What a browser asks for before it sends a request to another site."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        error = ApiError(response.status_code, bytes(response.body).decode())
+        kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+        return JSONResponse(error.body(), error.status, kept)
 
 
 class ApiKeyMiddleware:
@@ -87,8 +101,9 @@ class ApiKeyMiddleware:
 async def health(request: Request) -> Response:
     """200 when a request would be served."""
     state = state_of(request)
-    if not state.is_ready:
-        raise ApiError(503, "the server is shutting down" if state.engine.is_alive else "the engine has stopped")
+    trouble = state.engine.trouble or ("the server is shutting down" if state.draining else None)
+    if trouble is not None:
+        raise ApiError(503, trouble)
     return Response()
 
 

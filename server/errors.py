@@ -131,7 +131,10 @@ def install_handlers(app: FastAPI) -> None:
     """Answer every exception, the framework's included, in one shape a path."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
-        return from_exception(error).response(request.scope)
+        told = from_exception(error)
+        # Not the message, which may quote what the client sent.
+        logger.info("%s %s refused: %d, %s", request.method, request.url.path, told.status, told.param or told.code)
+        return told.response(request.scope)
 
     for kind in (ApiError, HTTPException, ValidationError, ValueError, QueueFullError, EngineDeadError, Exception):
         app.add_exception_handler(kind, handle)

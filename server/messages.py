@@ -70,7 +70,7 @@ async def _count(state: ServerState, request: CountTokensRequest) -> int:
     urls = body.image_urls()
     with blaming("messages"), state.engine.admission(1):
         state.inputs.check_image_count(len(urls))
-        token_ids = await state.in_text_pool(render, state, body)
+        token_ids = await render(state, body)
         # Every image has the same number of tokens, so that those elsewhere need not be fetched. Those that are here
         # are looked at: the request that follows finds them prepared.
         await state.load_images([url for url in urls if state.media.check(url) not in ("http", "https")])

@@ -1,39 +1,78 @@
 """From requests to prompts: templates, images, tokens."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from engine.chat_template import ChatTemplate
-from engine.input_processor import PreparedImage, ProcessedPrompt
+from engine.config import EngineConfig
+from engine.input_processor import PreparedImage, ProcessedPrompt, load_tokenizer
 from server.errors import bad_request, blaming
 from server.protocol import ChatCompletionRequest, TemplateFields
 from server.state import ServerState
 
 MAX_TEMPLATE_KWARGS = 64
+TEMPLATE_SECONDS = 5.0
+"""For a template that a client brings to be read and to render a conversation."""
 
 
-def render(state: ServerState, body: TemplateFields, tools: list[dict[str, Any]] | None = None) -> list[int]:
-    """The token ids of a conversation, one placeholder for each image. For the text pool.
+async def render(state: ServerState, body: TemplateFields, tools: list[dict[str, Any]] | None = None) -> list[int]:
+    """The token ids of a conversation, one placeholder for each image.
 
     Raises:
         ValueError: the template refuses the conversation.
     """
+    messages, options = await state.in_text_pool(_template_arguments, state, body, tools)
+    if body.chat_template is None:
+        text = await state.in_text_pool(partial(state.template.render, messages, **options))
+    else:
+        text = await _render_request_template(state, body.chat_template, messages, options)
+    special = body.add_special_tokens is not False
+    return await state.in_text_pool(partial(state.inputs.encode, text, add_special_tokens=special))
+
+
+def _template_arguments(
+    state: ServerState, body: TemplateFields, tools: list[dict[str, Any]] | None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Messages, without the data of their images, and options as `ChatTemplate.render` takes them."""
     body.check_template_fields()
+    if body.chat_template is not None and not state.args.trust_request_chat_template:
+        raise bad_request("chat_template is not allowed: the server trusts its own template only", "chat_template")
     state.inputs.check_length(sum(message.num_characters for message in body.messages))
-    template = state.template
-    if body.chat_template is not None:
-        if not state.args.trust_request_chat_template:
-            raise bad_request("chat_template is not allowed: the server trusts its own template only", "chat_template")
-        template = ChatTemplate(state.inputs.tokenizer, body.chat_template, state.inputs.image_token)
     continues = bool(body.continue_final_message)
-    kwargs = _checked_kwargs(body.chat_template_kwargs or {})
-    text = template.render(
-        [message.plain() for message in body.messages],
-        add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
-        continue_final_message=continues,
-        tools=tools,
-        **kwargs,
-    )
-    return state.inputs.encode(text, add_special_tokens=body.add_special_tokens is not False)
+    options = {
+        "add_generation_prompt": not continues if body.add_generation_prompt is None else body.add_generation_prompt,
+        "continue_final_message": continues,
+        "tools": tools,
+        **_checked_kwargs(body.chat_template_kwargs or {}),
+    }
+    return [message.plain() for message in body.messages], options
+
+
+async def _render_request_template(
+    state: ServerState, template: str, messages: list[dict[str, Any]], options: dict[str, Any]
+) -> str:
+    """By a template that a client brought."""
+    try:
+        return str(await state.request_templates.run(template, messages, options))
+    except TimeoutError:
+        message = f"chat_template takes longer than {TEMPLATE_SECONDS:g} s"
+    except EOFError:
+        message = "chat_template takes too much memory"
+    raise bad_request(message, "chat_template")
+
+
+def make_renderer(config: EngineConfig, image_token: str | None, most: int) -> Callable[..., str]:
+    """The work of the process that renders clients' templates: at most so many characters."""
+    tokenizer = load_tokenizer(config)
+
+    def render(template: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
+        text = ChatTemplate(tokenizer, template, image_token).render(messages, **options)
+        if len(text) > most:
+            raise ValueError(f"chat_template makes {len(text)} characters: the context cannot hold more than {most}")
+        return text
+
+    return render
 
 
 def check_system_text(state: ServerState, field: str, text: str) -> None:
@@ -47,7 +86,7 @@ async def chat_prompt(state: ServerState, body: ChatCompletionRequest) -> Proces
     urls = body.image_urls()
     with blaming("messages"):
         state.inputs.check_image_count(len(urls))
-        token_ids = await state.in_text_pool(render, state, body)
+        token_ids = await render(state, body)
         images = await state.load_images(urls)
         return await state.in_text_pool(_process, state, token_ids, images, body.truncate_prompt_tokens)
 

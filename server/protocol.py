@@ -185,6 +185,10 @@ Part = Annotated[
 ]
 
 
+def _plain_part(part: Part) -> dict[str, Any]:
+    return {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image_url"}
+
+
 class Message(RequestModel):
     """One turn of a conversation."""
 
@@ -202,8 +206,12 @@ class Message(RequestModel):
         return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
 
     def plain(self) -> dict[str, Any]:
-        """As a template takes it."""
-        return self.model_dump(exclude_none=True)
+        """As a template takes it; where its images are is left out."""
+        plain = self.model_dump(exclude_none=True, exclude={"content"})
+        if self.content is None:
+            return plain
+        shown = self.content if isinstance(self.content, str) else [_plain_part(part) for part in self.content]
+        return {**plain, "content": shown}
 
 
 class TemplateFields(RequestModel):

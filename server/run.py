@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -24,9 +25,12 @@ from engine.log import configure_logging
 from engine.spawn import EngineProcess
 from server.app import create_app
 from server.args import ServerArgs, fail
+from server.http_protocol import LimitedProtocol
 from server.images import ImagePreparer
+from server.killable import KillableWorker
 from server.media import MediaFetcher, MediaLimits
 from server.metrics import Metrics
+from server.prompts import TEMPLATE_SECONDS, make_renderer
 from server.state import ServerState
 
 logger = logging.getLogger("server")
@@ -47,6 +51,7 @@ class _Server(uvicorn.Server):
 def run(engine_args: EngineArgs, args: ServerArgs, process: EngineProcess) -> None:
     """Serve until told to stop; does not return: the exit status is 0 unless the engine died."""
     configure_logging(args.log_level)
+    _allow_many_connections()
     try:
         if args.chat_template is not None:
             args.chat_template = read_template(args.chat_template)
@@ -63,6 +68,12 @@ def run(engine_args: EngineArgs, args: ServerArgs, process: EngineProcess) -> No
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)
+
+
+def _allow_many_connections() -> None:
+    """Each takes a file descriptor, and a shell often allows a thousand only."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _serve(config: EngineConfig, args: ServerArgs, process: EngineProcess) -> int:
@@ -118,6 +129,13 @@ def _state(engine: AsyncEngine, args: ServerArgs) -> ServerState:
         metrics=metrics,
         text_pool=ThreadPoolExecutor(2, thread_name_prefix="text"),
         image_pool=image_pool,
+        request_templates=KillableWorker(
+            make_renderer,
+            engine.config,
+            engine.inputs.image_token,
+            engine.inputs.most_characters,
+            seconds=TEMPLATE_SECONDS,
+        ),
     )
 
 
@@ -147,6 +165,8 @@ async def _listen_and_drain(
     server = _Server(
         uvicorn.Config(
             create_app(state),
+            http=LimitedProtocol,
+            ws="none",
             log_config=None,
             log_level=args.log_level,
             access_log=not args.disable_log_requests,
@@ -175,6 +195,7 @@ async def _listen_and_drain(
     for task in (stopping, dying):
         task.cancel()
     await state.media.aclose()
+    state.request_templates.kill()
     state.text_pool.shutdown(wait=False, cancel_futures=True)
     state.image_pool.shutdown(wait=False, cancel_futures=True)
     return int(died)

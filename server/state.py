@@ -20,6 +20,7 @@ from engine.sampling_params import SamplingParams
 from server.args import ServerArgs
 from server.errors import ApiError
 from server.images import ImagePreparer
+from server.killable import KillableWorker
 from server.media import MediaFetcher
 from server.metrics import Metrics
 from server.response_store import ResponseStore
@@ -36,6 +37,9 @@ needs, and few enough that checking each takes no time that others would notice.
 
 # A request of a hundred bytes may continue a conversation of many megabytes.
 _CONTINUED_AT_ONCE = 4
+
+# One request's images are fetched and decoded so many at a time, and leave room for others'.
+_IMAGES_AT_ONCE = 8
 
 # Bodies above this many bytes are parsed in a thread, so that others' tokens do not wait for it.
 _PARSED_AT_ONCE = 64 << 10
@@ -54,6 +58,8 @@ class ServerState:
     text_pool: ThreadPoolExecutor
     """For tokenizers and templates."""
     image_pool: ThreadPoolExecutor
+    request_templates: KillableWorker
+    """For chat templates that clients bring."""
     continuing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_CONTINUED_AT_ONCE))
     """Held while what was kept of a conversation is in memory once more, to make a prompt of it."""
     draining: bool = False
@@ -83,11 +89,6 @@ class ServerState:
         """Changes when answers may: another model, precision or version of this program."""
         described = f"{self.config.model_name} {self.config.dtype} {program_version()}"
         return "fp_" + hashlib.sha256(described.encode()).hexdigest()[:10]
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether a request would be served."""
-        return self.engine.is_alive and not self.draining
 
     def check_model(self, name: str | None) -> str:
         """The served name that a request means; 404 for a name that is not served."""
@@ -124,8 +125,11 @@ class ServerState:
         if self.config.vision is not None and self.config.vision.processor is None:
             raise ValueError("the server runs with --disable-image-processor: it cannot prepare images")
 
+        at_once = asyncio.Semaphore(_IMAGES_AT_ONCE)
+
         async def load(url: str) -> PreparedImage:
-            return await self.images.prepare(await self.media.fetch(url))
+            async with at_once:
+                return await self.images.prepare(await self.media.fetch(url))
 
         try:
             async with asyncio.TaskGroup() as group:

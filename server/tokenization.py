@@ -29,7 +29,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
     state.check_model(body.model)
     async with state.open_request():
         with blaming("messages" if isinstance(body, TokenizeChatRequest) else "prompt"):
-            tokens = await state.in_text_pool(_tokens, state, body)
+            tokens = await _tokens(state, body)
     names = state.inputs.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
     return {
         "count": len(tokens),
@@ -50,14 +50,16 @@ async def detokenize(request: Request) -> dict[str, str]:
             return {"prompt": await state.in_text_pool(state.inputs.decode, body.tokens)}
 
 
-def _tokens(state: ServerState, body: TokenizeChatRequest | TokenizeTextRequest) -> list[int]:
+async def _tokens(state: ServerState, body: TokenizeChatRequest | TokenizeTextRequest) -> list[int]:
     if isinstance(body, TokenizeTextRequest):
-        tokens = state.inputs.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
-        vision = state.config.vision
-        if vision is not None and vision.image_token_id in tokens:
-            raise bad_request(
-                f"prompt holds the text {state.inputs.image_token!r}, which stands for an image", "prompt"
-            )
-        return tokens
+        return await state.in_text_pool(_text_tokens, state, body)
     state.inputs.check_image_count(len(body.image_urls()))
-    return state.inputs.expand_placeholders(render(state, body))
+    return state.inputs.expand_placeholders(await render(state, body))
+
+
+def _text_tokens(state: ServerState, body: TokenizeTextRequest) -> list[int]:
+    tokens = state.inputs.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+    vision = state.config.vision
+    if vision is not None and vision.image_token_id in tokens:
+        raise bad_request(f"prompt holds the text {state.inputs.image_token!r}, which stands for an image", "prompt")
+    return tokens

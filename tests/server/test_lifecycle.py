@@ -308,6 +308,43 @@ def test_an_engine_that_dies(launch: Launch, checkpoint: MakeCheckpoint) -> None
     assert "Traceback" not in server.stderr
 
 
+def test_an_engine_that_stands_still(launch: Launch, checkpoint: MakeCheckpoint) -> None:
+    """As soon as it goes on, so does the server."""
+    server = launch(checkpoint(LONG))
+    body = {"messages": [user("Hi")], "temperature": 0, "max_tokens": 5}
+    before = server.post(CHAT, body).json()["choices"]
+    engine = server.engine()
+    engine.suspend()
+    end = time.monotonic() + 30
+    while server.get("/health").status_code == 200:
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    for ask in (lambda: server.get("/health"), lambda: server.post(CHAT, body)):
+        assert "does not respond" in error_of(ask(), 503)["message"]
+    engine.resume()
+    while server.get("/health").status_code != 200:
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert server.post(CHAT, body).json()["choices"] == before
+
+
+def test_other_sites_are_refused_in_json(launch: Launch, checkpoint: MakeCheckpoint) -> None:
+    server = launch(checkpoint(LONG), "--allowed-origins", "https://mine.example")
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    with server.client() as client:
+        fine = client.options(CHAT, headers={"Origin": "https://mine.example", **ask})
+        assert fine.status_code == 200 and fine.headers["access-control-allow-origin"] == "https://mine.example"
+        refused = client.options(CHAT, headers={"Origin": "https://other.example", **ask})
+        assert "origin" in error_of(refused, 400)["message"]
+        assert "access-control-allow-origin" not in refused.headers
+
+
+def test_no_redirect_repeats_what_a_client_calls_its_host(server: Server) -> None:
+    with server.client() as client:
+        response = client.get("/health/", headers={"Host": "other.example"}, follow_redirects=False)
+        error_of(response, 404)
+
+
 def check_unavailable(ask: Callable[[], httpx.Response]) -> None:
     try:
         response = ask()

@@ -1,0 +1,120 @@
+"""HTTP/1.1 connections with the limits that uvicorn leaves to a proxy: bytes of a head, and time for a request."""
+
+import asyncio
+import json
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.errors import ApiError
+
+_HEAD_BYTES = 64 << 10
+"""Of the request line and all headers."""
+_GRACE_SECONDS = 20.0
+_LEAST_BYTES_PER_SECOND = 4096
+"""A request has so long to come in, and longer by its size at this speed. Slower clients hold connections, no more."""
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """Refuses heads that are too large and requests that take too long to come, and answers malformed ones in JSON."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_head = False
+        self._head_bytes = 0
+        self._request_bytes = 0
+        self._began = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Give the client its time to ask for something."""
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._begin()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the client."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Count, and parse."""
+        if self._timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._begin()
+        begins_in_head = self._in_head or self._request_bytes == 0
+        self._request_bytes += len(data)
+        super().data_received(data)
+        if begins_in_head and self._in_head:  # the parser keeps a header that does not end, and tells nothing of it
+            self._head_bytes += len(data)
+            self._check_head()
+
+    def on_message_begin(self) -> None:
+        """A request's first byte."""
+        self._in_head, self._head_bytes = True, 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header is complete."""
+        self._head_bytes += len(name) + len(value)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is complete; it starts the application unless it is too large."""
+        self._head_bytes += len(self.url)
+        self._in_head = False
+        if self._check_head():
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        if not self.transport.is_closing():
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is complete."""
+        self._stop_timer()
+        if not self.transport.is_closing():
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP."""
+        self._refuse(400, msg)
+
+    def _begin(self) -> None:
+        """A request is waited for from now on."""
+        self._stop_timer()
+        self._request_bytes = 0
+        self._began = self.loop.time()
+        self._timer = self.loop.call_later(_GRACE_SECONDS, self._check_time)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _check_time(self) -> None:
+        deadline = self._began + _GRACE_SECONDS + self._request_bytes / _LEAST_BYTES_PER_SECOND
+        if self.flow.read_paused or self.loop.time() < deadline:  # paused: it is we who do not read
+            self._timer = self.loop.call_at(max(deadline, self.loop.time() + 1), self._check_time)
+            return
+        self._timer = None
+        if self._request_bytes:
+            self._refuse(408, "the request took too long to come in")
+        else:
+            self.transport.close()
+
+    def _check_head(self) -> bool:
+        if self._head_bytes > _HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(431, f"the request's line and headers are larger than the limit of {_HEAD_BYTES} bytes")
+        return not self.transport.is_closing()
+
+    def _refuse(self, status: int, message: str) -> None:
+        if self.transport.is_closing():
+            return
+        body = json.dumps(ApiError(status, message).body()).encode()
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()

@@ -1,0 +1,104 @@
+"""Work on what clients bring that may never end, in a process that can be killed."""
+
+import asyncio
+import contextlib
+import multiprocessing
+import resource
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+_START_SECONDS = 60.0
+"""For a new process to import what it needs."""
+_MEMORY_BYTES = 2 << 30
+"""That the process may take beside what it has when it is ready."""
+
+Work = Callable[..., Any]
+
+
+class KillableWorker:
+    """Does one piece of work at a time, each within a time limit; the process is begun when it is first needed.
+
+    Args:
+        make_work: called in the process; gives the function that does the work.
+        args: of `make_work`.
+        seconds: that one piece of work may take.
+    """
+
+    def __init__(self, make_work: Callable[..., Work], *args: Any, seconds: float) -> None:
+        self._make_work = make_work
+        self._args = args
+        self._seconds = seconds
+        self._one_at_a_time = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="killable")
+        self._process: BaseProcess | None = None
+        self._connection: Connection
+
+    async def run(self, *args: Any) -> Any:
+        """What the work gives.
+
+        Raises:
+            ValueError: it failed, with its own message.
+            TimeoutError: it took too long.
+            EOFError: it brought the process to its end.
+        """
+        async with self._one_at_a_time:
+            try:
+                result, error = await asyncio.get_running_loop().run_in_executor(self._thread, self._exchange, args)
+            except BaseException:  # cancelled too: nobody waits for the work any more
+                self.kill()
+                raise
+        if error is not None:
+            raise ValueError(error)
+        return result
+
+    def kill(self) -> None:
+        """End the process, if there is one. A thread that waits for it finds its connection ended."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+    def _exchange(self, args: tuple[Any, ...]) -> Any:
+        if self._process is None:
+            self._begin()
+            self._receive(_START_SECONDS)
+        self._connection.send(args)
+        return self._receive(self._seconds)
+
+    def _begin(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_main, args=(theirs, self._make_work, self._args), name="killable")
+        self._process.start()
+        theirs.close()
+
+    def _receive(self, seconds: float) -> Any:
+        connection = self._connection
+        if not connection.poll(seconds):
+            raise TimeoutError
+        return connection.recv()
+
+
+def _main(connection: Connection, make_work: Callable[..., Work], args: tuple[Any, ...]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the parent ends it
+    work = make_work(*args)
+    _limit_memory()
+    connection.send(None)
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
+        while True:
+            given = connection.recv()
+            try:
+                connection.send((work(*given), None))
+            except Exception as error:
+                connection.send((None, str(error) or type(error).__name__))
+
+
+def _limit_memory() -> None:
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + _MEMORY_BYTES, size + _MEMORY_BYTES))

@@ -1,0 +1,142 @@
+"""Connections that hold their server up, or speak no HTTP."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import uvicorn
+
+from server import http_protocol
+from server.http_protocol import LimitedProtocol
+
+Address = tuple[str, int]
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the size of the body, once it is complete."""
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        size += len(message.get("body", b""))
+        more = message["more_body"]
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"8")]})
+    await send({"type": "http.response.body", "body": b"%8d" % size})
+
+
+@pytest.fixture
+async def address(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Address]:
+    monkeypatch.setattr(http_protocol, "_GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(http_protocol, "_LEAST_BYTES_PER_SECOND", 1000)
+    config = uvicorn.Config(echo, port=0, http=LimitedProtocol, ws="none", lifespan="off", log_config=None)
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server._serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[:2]
+    server.should_exit = True
+    await serving
+
+
+async def talk(address: Address, *pieces: bytes, pause: float = 0.0) -> bytes:
+    """Everything that is answered until the server closes the connection."""
+    reader, writer = await asyncio.open_connection(*address)
+    try:
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(pause)
+        return await asyncio.wait_for(reader.read(), 5)
+    except ConnectionResetError:
+        return b"reset"
+    finally:
+        writer.close()
+
+
+def refusal(answer: bytes) -> tuple[int, str]:
+    """Status and message, the form checked."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"content-type: application/json" in head and b"connection: close" in head
+    error = json.loads(body)["error"]
+    assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    return int(head.split()[1]), error["message"]
+
+
+POST = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+
+
+async def test_a_plain_request(address: Address) -> None:
+    answer = await talk(address, POST + b"Content-Length: 5\r\n\r\nhello")
+    assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"       5")
+
+
+async def test_a_large_body_is_no_large_head(address: Address) -> None:
+    body = b"x" * 1_000_000
+    one = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    answer = await talk(address, one + one + POST + b"Content-Length: 2\r\n\r\nhi")
+    assert answer.count(b" 1000000") == 2 and answer.endswith(b"       2")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST / HTTP/1.1\r\nX: " + b"a" * 70_000,
+        b"POST / HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n",
+        b"POST /" + b"a" * 70_000,
+        b"POST /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/1.1\r\n" + b"X: a\r\n" * 40_000,
+        b"POST / HTTP/1.1\r\n" + b"".join(b"X%d: a\r\n" % i for i in range(20_000)) + b"\r\n",
+    ],
+    ids=["value", "whole value", "path", "whole path", "headers", "whole headers"],
+)
+@pytest.mark.parametrize("size", [1 << 20, 5000])
+async def test_a_large_head_is_refused(address: Address, head: bytes, size: int) -> None:
+    pieces = [head[start : start + size] for start in range(0, len(head), size)]
+    answer = await talk(address, *pieces)
+    assert answer == b"reset" or refusal(answer)[0] == 431
+
+
+@pytest.mark.parametrize(
+    "rubbish",
+    [
+        b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 3, b"POST / HTTP/9.9\r\n\r\n",
+        POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
+        POST + b"Content-Length: -1\r\n\r\n", POST + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n",
+        POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\nhello", b"GET /\xff\xfe HTTP/1.1\r\n\r\n",
+    ],
+)  # fmt: skip
+async def test_what_is_no_http_is_refused_in_json(address: Address, rubbish: bytes) -> None:
+    assert refusal(await talk(address, rubbish)) == (400, "Invalid HTTP request received.")
+
+
+@pytest.mark.parametrize(
+    "begun", [b"P", POST, POST + b"Content-Length: 5\r\n\r\nhe", POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhe"]
+)
+async def test_a_request_that_does_not_come_is_given_up(address: Address, begun: bytes) -> None:
+    assert refusal(await talk(address, begun)) == (408, "the request took too long to come in")
+
+
+async def test_a_slow_trickle_is_given_up(address: Address) -> None:
+    pieces = [POST + b"Content-Length: 500\r\n\r\n", *[b"x"] * 30]
+    assert refusal(await talk(address, *pieces, pause=0.05))[0] == 408
+
+
+async def test_a_slow_upload_goes_on(address: Address) -> None:
+    """At some 4,000 bytes a second, for longer than the time that is given to every request."""
+    pieces = [POST + b"Content-Length: 4000\r\n\r\n", *[b"x" * 200] * 20]
+    assert (await talk(address, *pieces, pause=0.05)).endswith(b"    4000")
+
+
+@pytest.mark.parametrize("noise", [b"", b"\r\n" * 5])
+async def test_a_client_that_asks_for_nothing_is_let_go(address: Address, noise: bytes) -> None:
+    answer = await talk(address, *[noise] * 2, pause=0.1)
+    assert answer == b"" or refusal(answer)[0] == 408
+
+
+async def test_a_connection_that_is_kept_may_be_used_again_and_not_held(address: Address) -> None:
+    one = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi"
+    answer = await talk(address, one, one, b"POST / HT", pause=0.7)
+    assert answer.count(b"HTTP/1.1 200 ") == 2
+    assert b"HTTP/1.1 408 " in answer
