@@ -10,7 +10,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from engine.attention import AttentionMetadata
 from engine.attention.triton_decode import DecodePlan, decode_attention, plan
-from engine.kernels.thin_linear import ThinPlan, thin_linear
+from engine.kernels import stream_linear
+from engine.kernels.thin_linear import MOST_ROWS, ThinPlan, thin_linear
 
 Plan = TypeVar("Plan")
 HEADS, HEAD_DIM, BLOCK = 32, 128, 16
@@ -92,9 +93,9 @@ def tune_decode(speed: float, *, full: bool) -> None:
 
 
 def tune_linear(speed: float, *, full: bool) -> None:
-    """Print the time of each thin product by cuBLAS and by the kernel's plans."""
+    """Print the time of each product by cuBLAS, and by our kernels: many plans for few rows, the one in use for more."""
     total: dict[tuple[int, str], float] = defaultdict(float)
-    for rows, (name, (size_in, size_out)) in itertools.product((1, 4, 16), LINEARS.items()):
+    for rows, (name, (size_in, size_out)) in itertools.product((1, 4, 16, 32, 64, 128), LINEARS.items()):
         copies = max(2, -(-400_000_000 // (2 * size_in * size_out)))
         weights = [torch.randn(size_out, size_in, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
         x = torch.randn(rows, size_in, dtype=torch.bfloat16, device="cuda")
@@ -103,9 +104,12 @@ def tune_linear(speed: float, *, full: bool) -> None:
         shapes = itertools.product(*((8, 16, 32), (256, 512, 1024), (4, 8), (1, 3)))
         if rows > 1:
             shapes = itertools.product((16, 32, 64), (128, 256), (4,), (3, 5))
-        options = [ThinPlan(*shape) for shape in shapes] if full else []
-        thin = [(option, partial(multiply_all, partial(thin_linear, plan=option), x, weights)) for option in options]
-        times = [(taken / copies, option) for taken, option in time_all(thin, 1)]
+        options: list[Any] = [ThinPlan(*shape) for shape in shapes] if full else []
+        multiply: Callable[..., Tensor] = thin_linear
+        if rows > MOST_ROWS:
+            options, multiply = [stream_linear.plan(rows, size_in, size_out)], stream_linear.stream_linear
+        ours = [(option, partial(multiply_all, partial(multiply, plan=option), x, weights)) for option in options]
+        times = [(taken / copies, option) for taken, option in time_all(ours, 1)]
         print(f"linear {name} rows {rows}: floor {floor:.4f} ms, cuBLAS {cublas:.4f} ({floor / cublas:.0%})")
         for taken, option in times[:3]:
             print(f"    {taken:.4f} ms, {floor / taken:.0%}: {option}")

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels import stream_linear, thin_linear
 from engine.kernels.overlap import overlap, wait_for_inputs
-from engine.kernels.thin_linear import MOST_ROWS, plan, thin_linear
 
 _BLOCK = 1024
 
@@ -148,10 +148,16 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `engine.kernels.linear`."""
-    is_thin = x.ndim == 2 and x.shape[0] <= MOST_ROWS and x.is_contiguous() and weight.is_contiguous()
-    if not is_thin or bias is not None or x.dtype == torch.float32:
-        return F.linear(x, weight, bias)
-    return thin_linear(x, weight, plan(x.shape[0]))
+    is_plain = x.ndim == 2 and x.is_contiguous() and weight.is_contiguous() and bias is None
+    if is_plain and x.dtype != torch.float32:
+        rows = x.shape[0]
+        if rows <= thin_linear.MOST_ROWS:
+            return thin_linear.thin_linear(x, weight, thin_linear.plan(rows))
+        if rows <= stream_linear.MOST_ROWS and stream_linear.works_on(x.device):
+            plan = stream_linear.plan(rows, *weight.shape[::-1])
+            if plan is not None:
+                return stream_linear.stream_linear(x, weight, plan)
+    return F.linear(x, weight, bias)
 
 
 def rotate_and_store(

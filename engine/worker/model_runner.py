@@ -287,7 +287,8 @@ class ModelRunner:
             if self._vision is not None:
                 self._vision.profile()
             # Small steps take kernels of their own, which no request should wait for to be compiled.
-            for tokens in (1, 2, 16, self._config.max_num_batched_tokens):
+            most = self._config.max_num_batched_tokens
+            for tokens in sorted({min(tokens, most) for tokens in (1, 2, 32, 64, 128, most)}):
                 hidden = self._profile_step(tokens)
             rows = max(self._config.max_num_seqs, _LOGPROB_ROWS)
             logits = self.model.logits(hidden[:1].expand(rows, -1))

@@ -48,6 +48,32 @@ def test_quick_gelu(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(triton_ops.quick_gelu(x), torch_ops.quick_gelu(x), **tolerances(dtype))
 
 
+@pytest.mark.skipif(INTERPRETS, reason="Triton has no interpreter for its lower level")
+@pytest.mark.parametrize(("size_in", "size_out"), [(4096, 4096), (11008, 4096), (1024, 96), (8192, 100), (4096, 32064)])
+@pytest.mark.parametrize("rows", [17, 32, 45, 64, 100, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stream_linear(dtype: torch.dtype, rows: int, size_in: int, size_out: int) -> None:
+    from engine.kernels.stream_linear import plan, stream_linear, works_on
+
+    if not works_on(torch.device(DEVICE)):
+        pytest.skip("needs a Hopper GPU, and a Triton that the kernel knows")
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, size_in, generator=generator).to(dtype).to(DEVICE) for n in (rows, size_out))
+    cut = plan(rows, size_in, size_out)
+    assert cut is not None
+    found = [stream_linear(x, weight, cut) for _ in range(3)]
+    torch.testing.assert_close(found[0], (x.double() @ weight.double().T).to(dtype), **tolerances(dtype))
+    assert all(torch.equal(found[0], again) for again in found[1:])
+
+
+@pytest.mark.skipif(INTERPRETS, reason="Triton has no interpreter for its lower level")
+def test_products_that_no_plan_fits_take_another_way() -> None:
+    from engine.kernels.stream_linear import plan
+
+    assert plan(32, 1000, 64) is None and plan(128, 256, 64) is None
+    assert plan(32, 4096, 4096) != plan(32, 11008, 4096)
+
+
 @pytest.mark.parametrize(("size_in", "size_out"), [(256, 96), (192, 100), (1000, 33), (2048, 6)])
 @pytest.mark.parametrize("rows", [1, 2, 16])
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETS else [torch.bfloat16, torch.float16])
