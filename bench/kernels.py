@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.attention import AttentionMetadata
 from engine.attention.triton_decode import DecodePlan, decode_attention, plan
 from engine.kernels import stream_linear
-from engine.kernels.thin_linear import MOST_ROWS, ThinPlan, thin_linear
+from engine.kernels.row_linear import RowPlan, row_linear
 
 Plan = TypeVar("Plan")
 HEADS, HEAD_DIM, BLOCK = 32, 128, 16
@@ -93,21 +93,19 @@ def tune_decode(speed: float, *, full: bool) -> None:
 
 
 def tune_linear(speed: float, *, full: bool) -> None:
-    """Print the time of each product by cuBLAS, and by our kernels: many plans for few rows, the one in use for more."""
+    """Print the time of each product by cuBLAS, and by our kernels: many plans for one row, one for more."""
     total: dict[tuple[int, str], float] = defaultdict(float)
-    for rows, (name, (size_in, size_out)) in itertools.product((1, 4, 16, 32, 64, 128), LINEARS.items()):
+    for rows, (name, (size_in, size_out)) in itertools.product((1, 2, 4, 16, 32, 64, 128), LINEARS.items()):
         copies = max(2, -(-400_000_000 // (2 * size_in * size_out)))
         weights = [torch.randn(size_out, size_in, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
         x = torch.randn(rows, size_in, dtype=torch.bfloat16, device="cuda")
         floor = weights[0].nbytes / speed * 1000
         cublas = milliseconds(partial(multiply_all, torch.nn.functional.linear, x, weights)) / copies
-        shapes = itertools.product(*((8, 16, 32), (256, 512, 1024), (4, 8), (1, 3)))
-        if rows > 1:
-            shapes = itertools.product((16, 32, 64), (128, 256), (4,), (3, 5))
-        options: list[Any] = [ThinPlan(*shape) for shape in shapes] if full else []
-        multiply: Callable[..., Tensor] = thin_linear
-        if rows > MOST_ROWS:
-            options, multiply = [stream_linear.plan(rows, size_in, size_out)], stream_linear.stream_linear
+        options: list[Any] = [stream_linear.plan(rows, size_in, size_out)]
+        multiply: Callable[..., Tensor] = stream_linear.stream_linear
+        if rows == 1:
+            shapes = itertools.product((4, 8, 16), (512, 1024, 2048), (4, 8), (1, 3)) if full else ()
+            options, multiply = [RowPlan(), *(RowPlan(*shape) for shape in shapes)], row_linear
         ours = [(option, partial(multiply_all, partial(multiply, plan=option), x, weights)) for option in options]
         times = [(taken / copies, option) for taken, option in time_all(ours, 1)]
         print(f"linear {name} rows {rows}: floor {floor:.4f} ms, cuBLAS {cublas:.4f} ({floor / cublas:.0%})")

@@ -1,5 +1,6 @@
 """What the engine runs with: the arguments, checked against each other and against the checkpoint."""
 
+import json
 import operator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -284,7 +285,7 @@ def _max_images(limit: str | dict[str, int] | None, tokens: int, max_len: int) -
     if limit is None:
         return fitting
     try:
-        given = dict(part.split("=") for part in limit.split(",")) if isinstance(limit, str) else dict(limit)
+        given = _pairs(limit) if isinstance(limit, str) else dict(limit)
         wanted = given.pop("image")
         images = int(wanted) if isinstance(wanted, str) else operator.index(wanted)
     except (KeyError, TypeError, ValueError):
@@ -292,6 +293,11 @@ def _max_images(limit: str | dict[str, int] | None, tokens: int, max_len: int) -
     if given or images < 0:
         raise ValueError(f"--limit-mm-per-prompt is {limit!r}: only image, at least 0, can be limited")
     return images
+
+
+def _pairs(text: str) -> dict[str, Any]:
+    """`image=4`, or `{"image": 4}`."""
+    return dict(json.loads(text)) if text.startswith("{") else dict(part.split("=") for part in text.split(","))
 
 
 def _processor(args: EngineArgs, path: Path, shape: tuple[int, ...]) -> ImageProcessor | None:

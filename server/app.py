@@ -1,7 +1,9 @@
 """The FastAPI application."""
 
 import hmac
+import re
 from typing import Any
+from uuid import uuid4
 
 import torch
 import transformers
@@ -12,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import chat, completions, messages, responses, tokenization
 from server.errors import ApiError, install_handlers
@@ -26,6 +28,7 @@ from server.version import program_version
 router = APIRouter()
 
 _CLIENT_CLOSED_REQUEST = 499
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 _GUARDED = ("/v1", "/tokenize", "/detokenize")
 
 
@@ -50,7 +53,31 @@ def create_app(state: ServerState) -> FastAPI:
     app.add_middleware(
         JsonCorsMiddleware, allow_origins=state.args.allowed_origins, allow_methods=["*"], allow_headers=["*"]
     )
+    app.add_middleware(RequestIdMiddleware)
     return app
+
+
+class RequestIdMiddleware:
+    """Gives each answer the name that its client gave the request, or a new one, in OpenAI's and Anthropic's header."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Go on (ASGI)."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid4().hex}".encode()
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                names = [(b"x-request-id", request_id), (b"request-id", request_id)]
+                message = {**message, "headers": [*message.get("headers", []), *names]}
+            await send(message)
+
+        await self._app(scope, receive, send_named)
 
 
 class JsonCorsMiddleware(CORSMiddleware):
@@ -97,6 +124,7 @@ class ApiKeyMiddleware:
         return right[0] if right else None
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", response_class=Response, openapi_extra=describe(errors=(503,)))
 async def health(request: Request) -> Response:
     """200 when a request would be served."""

@@ -131,6 +131,9 @@ def install_handlers(app: FastAPI) -> None:
     """Answer every exception, the framework's included, in one shape a path."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
+            message = f"{request.method} {request.url.path[:200]} is not served: see /docs for what is"
+            error = ApiError(error.status_code, message, headers=error.headers)
         told = from_exception(error)
         # Not the message, which may quote what the client sent.
         logger.info("%s %s refused: %d, %s", request.method, request.url.path, told.status, told.param or told.code)

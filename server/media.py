@@ -99,12 +99,12 @@ class MediaFetcher:
         scheme = url.partition(":")[0].lower()
         if scheme == "data":
             return scheme
-        if len(url) > _MAX_URL_LENGTH:
-            raise MediaError(f"the image URL has {len(url)} characters: at most {_MAX_URL_LENGTH} are allowed")
         if scheme not in ("http", "https", "file"):
             raise MediaError(
                 f"an image URL that begins with {url[:10]!r} is not allowed: http:, https:, data: and file: are"
             )
+        if len(url) > _MAX_URL_LENGTH:
+            raise MediaError(f"the image URL has {len(url)} characters: at most {_MAX_URL_LENGTH} are allowed")
         if scheme != "file":
             self._parse(url)
         return scheme
@@ -256,9 +256,10 @@ def _next_url(url: str, response: httpx.Response) -> str:
 
 def _decode_base64(payload: str) -> bytes:
     try:
-        return base64.b64decode(payload, validate=True)
+        # Lines are broken in what many programs make of a file.
+        return base64.b64decode(payload.encode().translate(None, b"\r\n\t "), validate=True)
     except (binascii.Error, ValueError):
-        raise MediaError("the image's data URL is not valid base64") from None
+        raise MediaError("the image's data is not valid base64") from None
 
 
 def _too_large(limit: int) -> MediaError:

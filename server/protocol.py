@@ -1,5 +1,7 @@
 """OpenAI's requests, with the extensions that vLLM made usual. What is not served is refused here."""
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator
@@ -84,6 +86,17 @@ class SamplingFields(RequestModel):
     guided_json: Any = None
     guided_regex: Any = None
     use_beam_search: Any = None
+    audio: Any = None
+    best_of: int | None = None
+    detokenize: bool | None = None
+    documents: Any = None
+    kv_transfer_params: Any = None
+    logits_processors: Any = None
+    mm_processor_kwargs: Any = None
+    modalities: list[str] | None = None
+    prompt_embeds: Any = None
+    return_tokens_as_token_ids: bool | None = None
+    web_search_options: Any = None
 
     @field_validator("stream_options")
     @classmethod
@@ -110,6 +123,14 @@ class SamplingFields(RequestModel):
         for name in _NOT_SERVED:
             if getattr(self, name):
                 raise ValueError(f"{name} is not available")
+        if self.modalities not in (None, ["text"]):
+            raise ValueError("modalities is not available: only ['text'] is")
+        if self.detokenize is False:
+            raise ValueError("detokenize is not available as false: answers are text")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError(
+                f"best_of is {self.best_of}, which is not available: only the value of n, {self.n or 1}, is"
+            )
         if self.structured_outputs is not None:
             raise ValueError("structured_outputs is not available yet")
         if self.store:
@@ -142,6 +163,8 @@ _SAMPLING_FIELDS = (
 # Older names that clients still send; ignored, they would give answers of the wrong form.
 _NOT_SERVED = (
     "function_call", "functions", "guided_choice", "guided_grammar", "guided_json", "guided_regex", "use_beam_search",
+    "audio", "documents", "kv_transfer_params", "logits_processors", "mm_processor_kwargs", "prompt_embeds",
+    "return_tokens_as_token_ids", "web_search_options",
 )  # fmt: skip
 
 
@@ -199,11 +222,16 @@ class Message(RequestModel):
     tool_call_id: str | None = None
 
     @property
+    def parts(self) -> "list[Part]":
+        """Its content as parts."""
+        if isinstance(self.content, str):
+            return [TextPart(type="text", text=self.content)]
+        return self.content or []
+
+    @property
     def num_characters(self) -> int:
         """Of its texts."""
-        if self.content is None or isinstance(self.content, str):
-            return len(self.content or "")
-        return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
+        return sum(len(part.text) for part in self.parts if isinstance(part, TextPart))
 
     def plain(self) -> dict[str, Any]:
         """As a template takes it; where its images are is left out."""
@@ -212,6 +240,27 @@ class Message(RequestModel):
             return plain
         shown = self.content if isinstance(self.content, str) else [_plain_part(part) for part in self.content]
         return {**plain, "content": shown}
+
+
+def joined_turns(messages: Sequence[Message]) -> list[Message]:
+    """Messages of one role that follow each other as one turn, as templates want it; a developer is the system.
+
+    Raises:
+        ValueError: a turn has too many parts.
+    """
+    turns = []
+    for role, run in groupby(messages, lambda message: "system" if message.role == "developer" else message.role):
+        first, *others = run
+        if not others:
+            turns.append(first)
+            continue
+        parts = [part for message in (first, *others) for part in message.parts]
+        if len(parts) > MAX_PARTS:
+            raise ValueError(
+                f"messages: a turn of role {role!r} has {len(parts)} parts: at most {MAX_PARTS} are allowed"
+            )
+        turns.append(Message(role=first.role, content=parts))
+    return turns
 
 
 class TemplateFields(RequestModel):
@@ -287,7 +336,6 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     suffix: str | None = None
-    best_of: int | None = None
     add_special_tokens: bool | None = None
 
     def check_served(self) -> None:
@@ -295,8 +343,6 @@ class CompletionRequest(SamplingFields):
         super().check_served()
         if self.suffix:
             raise ValueError("suffix is not available: the model cannot fill in the middle")
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError(f"best_of is {self.best_of}: only the value of n, {self.n or 1}, is available")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens is 0: it must be at least 1, except with echo")
         if self.echo and self.stream and self.logprobs is not None:

@@ -18,6 +18,7 @@ from server.protocol import (
     SamplingFields,
     StreamOptions,
     TextPart,
+    joined_turns,
 )
 
 LOGPROBS = "message.output_text.logprobs"
@@ -188,10 +189,11 @@ class ResponsesRequest(SamplingFields):
             ValidationError: the conversation is too long, or a value is out of range.
         """
         system = [Message(role="system", content=self.instructions)] if self.instructions else []
+        turns = joined_turns([*system, *before, *messages])
         shared = SamplingFields.model_fields.keys() - _AROUND_CHAT
         return ChatCompletionRequest(
             **{name: getattr(self, name) for name in shared},
-            messages=[*system, *before, *messages],
+            messages=turns,
             max_completion_tokens=self.max_output_tokens,
             logprobs=LOGPROBS in (self.include or []),
             top_logprobs=self.top_logprobs,

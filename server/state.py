@@ -127,13 +127,17 @@ class ServerState:
 
         at_once = asyncio.Semaphore(_IMAGES_AT_ONCE)
 
-        async def load(url: str) -> PreparedImage:
+        async def load(number: int, url: str) -> PreparedImage:
             async with at_once:
-                return await self.images.prepare(await self.media.fetch(url))
+                try:
+                    return await self.images.prepare(await self.media.fetch(url))
+                except ValueError as error:
+                    which = f"image {number} of {len(urls)}: " if len(urls) > 1 else ""
+                    raise ValueError(f"{which}{error}") from error
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(load(url)) for url in urls]
+                tasks = [group.create_task(load(number, url)) for number, url in enumerate(urls, start=1)]
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]

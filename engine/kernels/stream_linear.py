@@ -1,4 +1,4 @@
-"""Products of some dozens of rows with a weight on a Hopper GPU: bound by the reading of the weight, which cuBLAS does
+"""Products of up to 128 rows with a weight on a Hopper GPU: bound by the reading of the weight, which cuBLAS does
 not do at full speed. The copy engine reads, several blocks ahead, and begins before the kernel before this one ends.
 """
 
@@ -45,7 +45,9 @@ class StreamPlan(NamedTuple):
 
 def plan(rows: int, size_in: int, size_out: int) -> StreamPlan | None:
     """What was found fastest on an H100 among the layers of a 7B model; None where the kernel cannot do the product."""
-    width, inputs, stages = next(cut for cut in ((32, 128, 8), (64, 128, 6), (MOST_ROWS, 64, 8)) if rows <= cut[0])
+    width, inputs, stages = next(
+        cut for cut in ((16, 128, 8), (32, 128, 8), (64, 128, 6), (MOST_ROWS, 64, 8)) if rows <= cut[0]
+    )
     parts = 2 if size_in >= _LONG_INPUT and triton.cdiv(size_out, _OUTPUTS) <= _FEW_TILES else 1
     is_whole = size_in % inputs == 0 and size_in // inputs // parts >= stages
     return StreamPlan(width, inputs, stages, parts) if is_whole else None
@@ -141,11 +143,11 @@ def works_on(device: torch.device) -> bool:
     if gluon is None or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     try:
-        x, weight = (torch.ones(n, 1024, dtype=torch.bfloat16, device=device) for n in (17, _OUTPUTS))
-        found = stream_linear(x, weight, StreamPlan(32, 128, 8, 1))
+        x, weight = (torch.ones(n, 1024, dtype=torch.bfloat16, device=device) for n in (2, _OUTPUTS))
+        found = stream_linear(x, weight, StreamPlan(16, 128, 8, 1))
         return bool((found == 1024).all())
     except Exception as error:  # whatever another release of Triton may say
-        logger.warning("products of some dozens of rows take cuBLAS: %s", str(error).partition("\n")[0][:200])
+        logger.warning("products of 2 to 128 rows take cuBLAS: %s", str(error).partition("\n")[0][:200])
         return False
 
 

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels import stream_linear, thin_linear
+from engine.kernels import stream_linear
 from engine.kernels.overlap import overlap, wait_for_inputs
+from engine.kernels.row_linear import RowPlan, row_linear
 
 _BLOCK = 1024
 
@@ -151,8 +152,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     is_plain = x.ndim == 2 and x.is_contiguous() and weight.is_contiguous() and bias is None
     if is_plain and x.dtype != torch.float32:
         rows = x.shape[0]
-        if rows <= thin_linear.MOST_ROWS:
-            return thin_linear.thin_linear(x, weight, thin_linear.plan(rows))
+        if rows == 1:
+            return row_linear(x, weight, RowPlan())
         if rows <= stream_linear.MOST_ROWS and stream_linear.works_on(x.device):
             plan = stream_linear.plan(rows, *weight.shape[::-1])
             if plan is not None:

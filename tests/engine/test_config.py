@@ -96,7 +96,8 @@ def test_image_flags_that_agree(shape: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "images"), [("image=4", 4), ({"image": 3}, 3), ("image=0", 0), (None, 6), ("image=100", 100)]
+    ("limit", "images"),
+    [("image=4", 4), ({"image": 3}, 3), ("image=0", 0), ('{"image": 2}', 2), (None, 6), ("image=100", 100)],
 )
 def test_image_limit(limit: Any, images: int, folder: Path) -> None:
     vision = config(folder, limit_mm_per_prompt=limit, max_model_len=100).vision
@@ -168,6 +169,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"image_input_shape": "large"}, "--image-input-shape is 'large': it must look like 1,3,336,336"),
     ({"image_input_shape": ""}, "--image-input-shape is '': it must look like 1,3,336,336"),
+    ({"limit_mm_per_prompt": '{"image": 1, "video": 1}'}, "only image, at least 0, can be limited"),
+    ({"limit_mm_per_prompt": "{4}"}, "it must look like image=4"),
     ({"limit_mm_per_prompt": "4"}, "--limit-mm-per-prompt is '4': it must look like image=4"),
     ({"limit_mm_per_prompt": "image=many"}, "--limit-mm-per-prompt is 'image=many': it must look like image=4"),
     ({"limit_mm_per_prompt": "image=-1"}, "--limit-mm-per-prompt is 'image=-1': only image, at least 0, can be"),

@@ -50,7 +50,7 @@ def test_quick_gelu(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.skipif(INTERPRETS, reason="Triton has no interpreter for its lower level")
 @pytest.mark.parametrize(("size_in", "size_out"), [(4096, 4096), (11008, 4096), (1024, 96), (8192, 100), (4096, 32064)])
-@pytest.mark.parametrize("rows", [17, 32, 45, 64, 100, 128])
+@pytest.mark.parametrize("rows", [2, 16, 17, 32, 45, 64, 100, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stream_linear(dtype: torch.dtype, rows: int, size_in: int, size_out: int) -> None:
     from engine.kernels.stream_linear import plan, stream_linear, works_on
@@ -75,14 +75,12 @@ def test_products_that_no_plan_fits_take_another_way() -> None:
 
 
 @pytest.mark.parametrize(("size_in", "size_out"), [(256, 96), (192, 100), (1000, 33), (2048, 6)])
-@pytest.mark.parametrize("rows", [1, 2, 16])
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETS else [torch.bfloat16, torch.float16])
-def test_thin_linear(dtype: torch.dtype, rows: int, size_in: int, size_out: int) -> None:
-    from engine.kernels.thin_linear import ThinPlan, plan, thin_linear
+def test_row_linear(dtype: torch.dtype, size_in: int, size_out: int) -> None:
+    from engine.kernels.row_linear import RowPlan, row_linear
 
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, size_in, generator=generator).to(dtype).to(DEVICE) for n in (rows, size_out))
+    x, weight = (torch.randn(n, size_in, generator=generator).to(dtype).to(DEVICE) for n in (1, size_out))
     expected = (x.double() @ weight.double().T).to(dtype)
-    small = ThinPlan(16, 512, 4, 1) if rows == 1 else ThinPlan(32, 128, 4, 3)
-    for cut in (small, plan(rows)):
-        torch.testing.assert_close(thin_linear(x, weight, cut), expected, **tolerances(dtype))
+    for cut in (RowPlan(16, 512, 4, 1), RowPlan()):
+        torch.testing.assert_close(row_linear(x, weight, cut), expected, **tolerances(dtype))

@@ -421,6 +421,17 @@ NOT_AVAILABLE: list[tuple[dict[str, Any], str]] = [
     ({"guided_json": {"type": "object"}}, "guided_json"),
     ({"guided_regex": "a"}, "guided_regex"),
     ({"use_beam_search": True}, "use_beam_search"),
+    ({"audio": {"voice": "x"}}, "audio"),
+    ({"documents": [{"text": "x"}]}, "documents"),
+    ({"kv_transfer_params": {"a": 1}}, "kv_transfer_params"),
+    ({"logits_processors": ["x"]}, "logits_processors"),
+    ({"mm_processor_kwargs": {"a": 1}}, "mm_processor_kwargs"),
+    ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
+    ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
+    ({"web_search_options": {"a": 1}}, "web_search_options"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"detokenize": False}, "detokenize"),
+    ({"best_of": 3}, "best_of"),
     ({"chat_template": "{{ messages }}"}, "chat_template"),
 ]
 
@@ -448,6 +459,11 @@ IMAGES: list[tuple[str, str]] = [
     ("http://user:secret@example.com/", "password"),
     ("http://example.com/" + "a" * 9000, "8192"),
 ]
+
+
+def test_the_bad_one_of_several_images_is_told(server: Server, photo_files: list[Path]) -> None:
+    pictures = [image_part(data_url(photo_files[0])), image_part("data:image/png;base64,AAAA")]
+    check_error(chat(server, [user(*pictures, text_part("?"))]), "messages", "image 2 of 2: the image is not JPEG")
 
 
 @pytest.mark.parametrize(("url", "word"), IMAGES, ids=lambda value: value[:30])
@@ -493,7 +509,7 @@ def test_malformed_bodies(server: Server, body: bytes, param: str | None) -> Non
 def test_other_statuses(server: Server) -> None:
     check_error(chat(server, model="nothing"), "model", "'nothing'", status=404)
     with server.client() as client:
-        error_of(client.get("/v1/nothing"), 404)
+        assert error_of(client.get("/v1/nothing"), 404)["message"].startswith("GET /v1/nothing is not served")
         wrong_method = client.get(PATH)
         error_of(wrong_method, 405)
         assert wrong_method.headers["allow"] == "POST"

@@ -339,6 +339,16 @@ def test_other_sites_are_refused_in_json(launch: Launch, checkpoint: MakeCheckpo
         assert "access-control-allow-origin" not in refused.headers
 
 
+def test_requests_have_names(server: Server) -> None:
+    with server.client() as client:
+        for path in ("/health", "/v1/nothing"):
+            named = client.get(path, headers={"X-Request-Id": "mine-1"})
+            assert named.headers["x-request-id"] == named.headers["request-id"] == "mine-1"
+            made = [client.get(path, headers={"X-Request-Id": bad}).headers["x-request-id"] for bad in ("", "a" * 129)]
+            assert len(set(made)) == 2 and all(name.startswith("req_") for name in made)
+        assert client.head("/health").status_code == 200
+
+
 def test_no_redirect_repeats_what_a_client_calls_its_host(server: Server) -> None:
     with server.client() as client:
         response = client.get("/health/", headers={"Host": "other.example"}, follow_redirects=False)

@@ -199,16 +199,18 @@ async def test_data_urls(fetch: Fetch) -> None:
     for size in (0, 1, 100_000):
         payload = base64.b64encode(b"x" * size).decode()
         assert await fetch(f"data:image/png;base64,{payload}") == b"x" * size
+        lines = base64.encodebytes(b"x" * size).decode()
+        assert await fetch(f"data:image/png;base64,{lines}") == b"x" * size
     await refused(fetch("data:image/png;base64," + "A" * 40, max_image_bytes=20), "limit of 20 bytes")
 
 
 @pytest.mark.parametrize(
     "url",
     ["data:", "data:,", "data:image/png,AAAA", "data:text/plain;base64,AAAA", "data:image/png;base64,A",
-     "data:image/png;base64,AA AA", "data:image/png;base64,****", "data:image/png;base64,AA=A", "data:;base64,AAAA"],
+     "data:image/png;base64,AA-A", "data:image/png;base64,****", "data:image/png;base64,AA=A", "data:;base64,AAAA"],
 )  # fmt: skip
 async def test_bad_data_urls(fetch: Fetch, url: str) -> None:
-    await refused(fetch(url), "data URL")
+    await refused(fetch(url), "data URL|base64")
 
 
 async def test_local_files(fetch: Fetch, tmp_path: Path) -> None:

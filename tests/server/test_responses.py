@@ -265,12 +265,21 @@ def test_responses_that_are_not_kept(server: Server) -> None:
     check_error(server.get(f"{PATH}/{streamed}"), "response_id", streamed, status=404)
 
 
+def test_messages_of_one_role_that_follow_each_other_are_one_turn(server: Server) -> None:
+    said = [{"role": "system", "content": "Be brief."}, {"role": "developer", "content": "Be kind."}]
+    asked = [{"role": "user", "content": "Hi."}, {"role": "user", "content": [{"type": "input_text", "text": "Who?"}]}]
+    found = outcome(answer(server, [*said, *asked], instructions="Be good."))
+    texts = [[text_part(text) for text in turn] for turn in (["Be good.", "Be brief.", "Be kind."], ["Hi.", "Who?"])]
+    system, question = ({"role": role, "content": t} for role, t in zip(("system", "user"), texts, strict=True))
+    assert found == chat(server, [system, question])
+
+
 def test_limits_hold_for_the_whole_conversation(server: Server, photo_files: list[Path]) -> None:
-    turns = [{"role": "user", "content": "a"}] * 700
-    first = answer(server, turns, max_output_tokens=1)
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant")] * 350
+    first = answer(server, turns[:699], max_output_tokens=1)
     found = create(server, turns[:323], previous_response_id=first.id, max_output_tokens=1)
-    assert found.status_code == 200, found.text  # 700, an answer, 323: as many as there may be
-    check_error(create(server, turns[:324], previous_response_id=first.id), "input", 1024)
+    assert found.status_code == 200, found.text  # 699, an answer, 323: nearly as many as there may be
+    check_error(create(server, turns[:325], previous_response_id=first.id), "input", 1024)
     (picture,) = image(image_url=data_url(photo_files[0]))[0]["content"]
     pictures = answer(server, [{"role": "user", "content": [picture] * 3}], max_output_tokens=1)
     two_more = [{"role": "user", "content": [picture] * 2}]
@@ -339,6 +348,17 @@ NOT_AVAILABLE: list[tuple[dict[str, Any], str]] = [
     ({"include": ["reasoning.encrypted_content"]}, "include"),
     ({"include": [LOGPROBS, "file_search_call.results"]}, "include"),
     ({"max_tokens": 5}, "max_tokens"),
+    ({"audio": {"voice": "x"}}, "audio"),
+    ({"documents": [{"text": "x"}]}, "documents"),
+    ({"kv_transfer_params": {"a": 1}}, "kv_transfer_params"),
+    ({"logits_processors": ["x"]}, "logits_processors"),
+    ({"mm_processor_kwargs": {"a": 1}}, "mm_processor_kwargs"),
+    ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
+    ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
+    ({"web_search_options": {"a": 1}}, "web_search_options"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"detokenize": False}, "detokenize"),
+    ({"best_of": 3}, "best_of"),
     ({"max_completion_tokens": 5}, "max_completion_tokens"),
     ({"max_tool_calls": 5}, "max_tool_calls"),
     ({"moderation": {"model": "x"}}, "moderation"),
