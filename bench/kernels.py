@@ -60,10 +60,10 @@ def bandwidth() -> float:
     return data.nbytes / milliseconds(lambda: data.sum()) * 1000
 
 
-def decode_case(batch: int, length: int) -> tuple[Tensor, Tensor, AttentionMetadata]:
-    """Query, cache and metadata of a batch of equally long sequences."""
+def decode_case(batch: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, AttentionMetadata]:
+    """Query, cache of this type and metadata of a batch of equally long sequences."""
     blocks = -(-length // BLOCK)
-    cache = torch.randn(2, batch * blocks, BLOCK, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    cache = torch.randn(2, batch * blocks, BLOCK, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda").to(dtype)
     table = torch.randperm(batch * blocks, device="cuda").int().view(batch, blocks)
     rows = torch.arange(batch, device="cuda").int()
     positions = torch.full((batch,), length - 1, device="cuda").int()
@@ -76,18 +76,20 @@ def decode_case(batch: int, length: int) -> tuple[Tensor, Tensor, AttentionMetad
 
 def tune_decode(speed: float, *, full: bool) -> None:
     """Print the time of one layer's decode attention, and its share of the bandwidth, for the plan in use or many."""
-    for batch, length in ((128, 704), (32, 1024), (8, 704), (1, 704), (1, 4000)):
-        query, cache, metadata = decode_case(batch, length)
+    cases = ((128, 704), (32, 1024), (8, 704), (1, 704), (1, 4000))
+    for (batch, length), dtype in itertools.product(cases, (torch.bfloat16, torch.float8_e4m3fn)):
+        query, cache, metadata = decode_case(batch, length, dtype)
         output = torch.empty_like(query)
-        attend = partial(decode_attention, query, cache, output, metadata, scale=0.1, window=0)
-        floor = 2 * batch * length * HEADS * HEAD_DIM * 2 / speed * 1000
+        scales = torch.ones(2, HEADS, device="cuda") if dtype == torch.float8_e4m3fn else None
+        attend = partial(decode_attention, query, cache, output, metadata, scale=0.1, window=0, kv_scales=scales)
+        floor = 2 * batch * length * HEADS * HEAD_DIM * dtype.itemsize / speed * 1000
         in_use = plan(batch, HEADS, exact=False)
         splits = {128: (1, 2), 32: (1, 2, 4), 8: (4, 8), 1: (16,)}[batch]
         warps = (4, 8) if batch == 128 else (4,)
         shapes = itertools.product(splits, (64, 128), warps, (2, 3), (False, True)) if full else ()
         options = [in_use, *(DecodePlan(*shape) for shape in shapes)]
         times = time_all([(option, partial(attend, chosen=option)) for option in options], 2 if batch > 8 else 8)
-        print(f"decode batch {batch} length {length}: floor {floor:.4f} ms; in use {in_use}")
+        print(f"decode batch {batch} length {length} cache {dtype}: floor {floor:.4f} ms; in use {in_use}")
         for taken, option in times[:4]:
             print(f"    {taken:.4f} ms, {floor / taken:.0%}: {option}")
 

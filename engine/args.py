@@ -89,7 +89,10 @@ class EngineArgs:
         None, "scheduler and cache", "bytes of the KV cache, instead of what memory allows", kind=int
     )
     kv_cache_dtype: str = _flag(
-        "auto", "scheduler and cache", "type of the KV cache; auto: the model's", choices=("auto", "fp8")
+        "auto",
+        "scheduler and cache",
+        "type of the KV cache; auto: the model's; fp8: one byte a number, so that more tokens fit",
+        choices=("auto", "fp8"),
     )
     enable_prefix_caching: bool = _flag(True, "scheduler and cache", "reuse the cache of equal prompt beginnings")
     enforce_eager: bool = _flag(False, "scheduler and cache", "never capture CUDA graphs")

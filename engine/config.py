@@ -76,6 +76,7 @@ class EngineConfig:
     gpu_memory_utilization: float
     num_blocks: int | None
     """Cache blocks that the user wants; None: what memory allows."""
+    kv_cache_dtype: torch.dtype
     kv_cache_memory_bytes: int | None
     enable_prefix_caching: bool
     max_num_queued_reqs: int
@@ -128,6 +129,7 @@ def create_config(args: EngineArgs) -> EngineConfig:
     generation = read_generation_config(path)
     max_len = max_model_len(args.max_model_len, text)
     on_gpu = device.type == "cuda"
+    dtype = _dtype(args.dtype, hf_config, text)
     names = args.served_model_name or ["demo" if args.model == str(DEMO_MODEL) else args.model]
     return EngineConfig(
         model_path=path,
@@ -136,7 +138,7 @@ def create_config(args: EngineArgs) -> EngineConfig:
         tokenizer_path=path if args.tokenizer is None else resolve_tokenizer(args.tokenizer),
         hf_config=hf_config,
         architecture=ARCHITECTURES[hf_config.model_type],
-        dtype=_dtype(args.dtype, hf_config, text),
+        dtype=dtype,
         device=device,
         load_format=args.load_format,
         max_model_len=max_len,
@@ -147,6 +149,7 @@ def create_config(args: EngineArgs) -> EngineConfig:
         block_size=args.block_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
         num_blocks=args.num_gpu_blocks_override,
+        kv_cache_dtype=torch.float8_e4m3fn if args.kv_cache_dtype == "fp8" else dtype,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         enable_prefix_caching=args.enable_prefix_caching,
         max_num_queued_reqs=args.max_num_queued_reqs,
@@ -182,8 +185,6 @@ def _check(args: EngineArgs) -> None:
         raise ValueError(f"--block-size is {args.block_size}: it must be a multiple of 16")
     if args.num_gpu_blocks_override is not None and args.kv_cache_memory_bytes is not None:
         raise ValueError("--num-gpu-blocks-override and --kv-cache-memory-bytes exclude each other")
-    if args.kv_cache_dtype != "auto":
-        raise ValueError(f"--kv-cache-dtype {args.kv_cache_dtype} is not available yet: leave it at auto")
     if args.tensor_parallel_size != 1:
         raise ValueError(f"--tensor-parallel-size is {args.tensor_parallel_size}: only 1 is available yet")
     if args.distributed_executor_backend not in (None, "mp"):

@@ -44,7 +44,10 @@ class AttentionMetadata:
 
 
 class AttentionBackend(Protocol):
-    """Paged causal attention over one layer's cache, (2, blocks, block_size, kv_heads, head_dim), keys first."""
+    """Paged causal attention over one layer's cache, (2, blocks, block_size, kv_heads, head_dim), keys first.
+
+    A cache in fp8 (e4m3) holds each key and value divided by its head's scale.
+    """
 
     def forward(
         self,
@@ -56,6 +59,7 @@ class AttentionBackend(Protocol):
         *,
         scale: float,
         sliding_window: int | None,
+        kv_scales: Tensor | None,
     ) -> Tensor:
         """Rotate queries and keys, write keys and values to the cache, attend.
 
@@ -69,6 +73,7 @@ class AttentionBackend(Protocol):
             metadata: of the step.
             scale: of the scores.
             sliding_window: how many positions a token sees, its own counted in; None: all before it.
+            kv_scales: (2, kv_heads) float32 of an fp8 cache's keys and values; None: the cache is of the queries' type.
 
         Returns:
             (T, heads, head_dim).

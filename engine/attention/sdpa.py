@@ -20,13 +20,19 @@ class SDPAttention:
         *,
         scale: float,
         sliding_window: int | None,
+        kv_scales: Tensor | None,
     ) -> Tensor:
         """See `AttentionBackend.forward`."""
         block_size, kv_heads = cache.shape[2:4]
         query, key, value = qkv.split([qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
         cos, sin = (table[metadata.rotary_rows].unsqueeze(1) for table in (cos, sin))
-        query = rotate(query, cos, sin)
-        _write(rotate(key, cos, sin), value, cache, metadata)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if kv_scales is not None:
+            key, value = (_to_fp8(x, some) for x, some in zip((key, value), kv_scales, strict=True))
+            # What is read stays divided: multiplying queries and results is the same, and far less to multiply.
+            kv_scales = kv_scales.repeat_interleave(query.shape[1] // kv_heads, dim=1).unsqueeze(-1)
+            query.mul_(kv_scales[0])
+        _write(key, value, cache, metadata)
         output = torch.empty_like(query)
         for i, seq_len in enumerate(metadata.seq_lens):
             start, end = metadata.query_start[i], metadata.query_start[i + 1]
@@ -34,11 +40,25 @@ class SDPAttention:
             first_block = first // block_size
             blocks = metadata.block_table[metadata.rows[i], first_block : -(-seq_len // block_size)]
             first = first_block * block_size
-            keys, values = cache.index_select(1, blocks).flatten(1, 2)[:, : seq_len - first].transpose(1, 2)
+            gathered = _bits(cache).index_select(1, blocks).view(cache.dtype)
+            keys, values = gathered.flatten(1, 2)[:, : seq_len - first].transpose(1, 2)
             output[start:end] = _attend(
                 query[start:end], keys, values, first=first, seq_len=seq_len, scale=scale, window=sliding_window
             )
-        return output
+        return output if kv_scales is None else output.mul_(kv_scales[1])
+
+
+def _to_fp8(x: Tensor, scales: Tensor) -> Tensor:
+    """(T, kv_heads, head_dim) divided by its heads' scales (kv_heads); what is too large becomes the largest number,
+    since e4m3 has no infinity.
+    """
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    return (x.float() / scales.unsqueeze(-1)).clamp(-largest, largest).to(torch.float8_e4m3fn)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The same memory in a type that torch can index: of fp8 it can only convert the numbers."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def _write(key: Tensor, value: Tensor, cache: Tensor, metadata: AttentionMetadata) -> None:
@@ -46,9 +66,9 @@ def _write(key: Tensor, value: Tensor, cache: Tensor, metadata: AttentionMetadat
     block_size = cache.shape[2]
     blocks = metadata.block_table[metadata.token_rows, metadata.positions // block_size]
     places = blocks.long() * block_size + metadata.positions % block_size
-    flat = cache.flatten(1, 2)
-    flat[0].index_copy_(0, places, key)
-    flat[1].index_copy_(0, places, value)
+    flat = _bits(cache).flatten(1, 2)
+    flat[0].index_copy_(0, places, _bits(key))
+    flat[1].index_copy_(0, places, _bits(value))
 
 
 def _attend(

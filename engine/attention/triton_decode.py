@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.attention import AttentionMetadata, tile_tokens
 from engine.attention.programs import num_programs
+from engine.attention.triton_fp8 import for_products, scale_at
 from engine.kernels.overlap import overlap, wait_for_inputs
 
 _MOST_SPLITS = 16
@@ -47,7 +48,7 @@ def shared_parts(splits: int) -> int:
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend_part(  # type: ignore[no-untyped-def]
     request, kv_head, split, query, cache, output, partial, partial_lse, rows, positions, block_table, shared,
-    scale, value_offset, query_stride, output_stride, block_stride, slot_stride, table_stride,
+    kv_scales, scale, value_offset, query_stride, output_stride, block_stride, slot_stride, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, SHARED_PARTS: tl.constexpr,
@@ -70,6 +71,8 @@ def _attend_part(  # type: ignore[no-untyped-def]
     head_mask = (members < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     in_head = heads[:, None] * HEAD_DIM + dims[None, :]
     q = tl.load(query + tl.cast(request, tl.int64) * query_stride + in_head, mask=head_mask, other=0.0)
+    q = for_products(q, kv_scales)
+    scale *= scale_at(kv_scales, kv_head)
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
@@ -79,8 +82,8 @@ def _attend_part(  # type: ignore[no-untyped-def]
         blocks = tl.load(table + columns // BLOCK_SIZE, mask=in_range, other=0)
         slots = blocks.to(tl.int64) * block_stride + (columns % BLOCK_SIZE) * slot_stride + kv_head * HEAD_DIM
         kv_mask = in_range[:, None] & (dims < HEAD_DIM)[None, :]
-        k = tl.load(cache + slots[:, None] + dims[None, :], mask=kv_mask, other=0.0)
-        v = tl.load(cache + value_offset + slots[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+        k = tl.load(cache + slots[:, None] + dims[None, :], mask=kv_mask, other=0.0).to(q.dtype)
+        v = tl.load(cache + value_offset + slots[:, None] + dims[None, :], mask=kv_mask, other=0.0).to(q.dtype)
         if GROUP_PAD == 1:
             scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :] * scale
         else:
@@ -99,6 +102,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
             weighted = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         acc = acc * decay[:, None] + weighted
         best = newest
+    acc *= scale_at(kv_scales, KV_HEADS + kv_head)
     if SPLITS + SHARED_PARTS == 1:
         acc = acc / total[:, None]
         places = tl.cast(request, tl.int64) * output_stride + in_head
@@ -124,7 +128,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _decode(  # type: ignore[no-untyped-def]
     query, cache, output, partial, partial_lse, rows, positions, block_table, shared,
-    scale, value_offset, query_stride, output_stride, block_stride, slot_stride, table_stride,
+    kv_scales, scale, value_offset, query_stride, output_stride, block_stride, slot_stride, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, SHARED_PARTS: tl.constexpr,
@@ -134,16 +138,16 @@ def _decode(  # type: ignore[no-untyped-def]
     wait_for_inputs(OVERLAP)
     _attend_part(
         tl.program_id(0), tl.program_id(1), tl.program_id(2), query, cache, output, partial, partial_lse, rows,
-        positions, block_table, shared, scale, value_offset, query_stride, output_stride, block_stride, slot_stride,
-        table_stride, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, BLOCK_SIZE, SPLITS, COLUMNS, STAGES, WINDOW,
-        PRECISION, SHARED_PARTS,
+        positions, block_table, shared, kv_scales, scale, value_offset, query_stride, output_stride, block_stride,
+        slot_stride, table_stride, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, BLOCK_SIZE, SPLITS, COLUMNS,
+        STAGES, WINDOW, PRECISION, SHARED_PARTS,
     )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _decode_counted(  # type: ignore[no-untyped-def]
     counts, query, cache, output, partial, partial_lse, rows, positions, block_table, shared,
-    scale, value_offset, query_stride, output_stride, block_stride, slot_stride, table_stride,
+    kv_scales, scale, value_offset, query_stride, output_stride, block_stride, slot_stride, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, SHARED_PARTS: tl.constexpr,
@@ -154,15 +158,15 @@ def _decode_counted(  # type: ignore[no-untyped-def]
     for item in range(tl.program_id(0), tl.load(counts) * KV_HEADS * SPLITS, tl.num_programs(0)):
         _attend_part(
             item // (KV_HEADS * SPLITS), item // SPLITS % KV_HEADS, item % SPLITS, query, cache, output, partial,
-            partial_lse, rows, positions, block_table, shared, scale, value_offset, query_stride, output_stride,
-            block_stride, slot_stride, table_stride, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, BLOCK_SIZE,
-            SPLITS, COLUMNS, STAGES, WINDOW, PRECISION, SHARED_PARTS,
+            partial_lse, rows, positions, block_table, shared, kv_scales, scale, value_offset, query_stride,
+            output_stride, block_stride, slot_stride, table_stride, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD,
+            BLOCK_SIZE, SPLITS, COLUMNS, STAGES, WINDOW, PRECISION, SHARED_PARTS,
         )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _decode_shared(  # type: ignore[no-untyped-def]
-    query, cache, partial, partial_lse, block_table, shared,
+    query, cache, partial, partial_lse, block_table, shared, kv_scales,
     scale, value_offset, query_stride, block_stride, slot_stride, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, SHARED_PARTS: tl.constexpr,
@@ -190,6 +194,8 @@ def _decode_shared(  # type: ignore[no-untyped-def]
             query + requests[:, None].to(tl.int64) * query_stride + in_head,
             mask=row_mask[:, None] & (dims < HEAD_DIM)[None, :], other=0.0,
         )  # fmt: skip
+        q = for_products(q, kv_scales)
+        score_scale = scale * scale_at(kv_scales, kv_head)
         best = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
@@ -201,17 +207,17 @@ def _decode_shared(  # type: ignore[no-untyped-def]
             blocks = tl.load(table + columns // BLOCK_SIZE, mask=in_range, other=0)
             slots = blocks.to(tl.int64) * block_stride + (columns % BLOCK_SIZE) * slot_stride + kv_head * HEAD_DIM
             kv_mask = in_range[:, None] & (dims < HEAD_DIM)[None, :]
-            k = tl.load(cache + slots[:, None] + dims[None, :], mask=kv_mask, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            k = tl.load(cache + slots[:, None] + dims[None, :], mask=kv_mask, other=0.0).to(q.dtype)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * score_scale
             scores = tl.where(in_range[None, :], scores, float("-inf"))
             newest = tl.maximum(best, tl.max(scores, 1))
             weights = tl.exp(scores - newest[:, None])
             decay = tl.exp(best - newest)
             total = total * decay + tl.sum(weights, 1)
-            v = tl.load(cache + value_offset + slots[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+            v = tl.load(cache + value_offset + slots[:, None] + dims[None, :], mask=kv_mask, other=0.0).to(q.dtype)
             acc = acc * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
             best = newest
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None] * scale_at(kv_scales, KV_HEADS + kv_head)
         lse = tl.where(total > 0, best + tl.log(total), float("-inf"))
         places = (requests * KV_HEADS * GROUP + heads) * (SPLITS + SHARED_PARTS) + SPLITS + part
         tl.store(partial_lse + places, lse, mask=row_mask)
@@ -248,6 +254,7 @@ def decode_attention(
     *,
     scale: float,
     window: int,
+    kv_scales: Tensor | None,
     chosen: DecodePlan | None = None,
 ) -> None:
     """Attend for the first `num_decodes` requests; the arguments are those of `prefill_attention`."""
@@ -270,7 +277,7 @@ def decode_attention(
     cache_strides = (cache.stride(1), cache.stride(2), metadata.block_table.stride(0))
     arguments = (
         query, cache, output, partial, partial_lse, metadata.token_rows, metadata.positions, metadata.block_table,
-        metadata.shared, scale, cache.stride(0), query.stride(0), output.stride(0), *cache_strides,
+        metadata.shared, kv_scales, scale, cache.stride(0), query.stride(0), output.stride(0), *cache_strides,
     )  # fmt: skip
     common = {
         "KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "HEAD_PAD": head_pad,
@@ -286,7 +293,7 @@ def decode_attention(
     if shares:
         tokens = tile_tokens(heads, kv_heads, query.dtype)
         _decode_shared[(programs,)](
-            query, cache, partial, partial_lse, metadata.block_table, metadata.shared,
+            query, cache, partial, partial_lse, metadata.block_table, metadata.shared, kv_scales,
             scale, cache.stride(0), query.stride(0), *cache_strides,
             TOKENS=tokens, ROWS=max(16, triton.next_power_of_2(tokens * group)), num_warps=4, **common,
         )  # fmt: skip

@@ -48,14 +48,14 @@ def attend(
 
     Args:
         query: in the type that the result has too.
-        key: (B, kv_heads, keys, head_dim).
+        key: (B, kv_heads, keys, head_dim), of any type.
         value: likewise.
         mask: (tokens, keys) true where a key is seen; None: all are.
         scale: of the scores; None: one over the root of the head's size.
     """
     dtype = query.dtype
-    if query.device.type == "cpu" and not multiplies_in(dtype):
-        query, key, value = query.float(), key.float(), value.float()
+    widens = query.device.type == "cpu" and not multiplies_in(dtype)
+    query, key, value = (x.to(torch.float32 if widens else dtype) for x in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return attended.to(dtype)

@@ -58,9 +58,21 @@ def _quick_gelu(x, output, count, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  
     tl.store(output + places, (value.to(tl.float32) * gate).to(value.dtype), mask=places < count)
 
 
+@triton.jit
+def _as_cached(x, kv_scales, heads, is_key, cache):  # type: ignore[no-untyped-def]
+    """Keys or values as the cache holds them; in fp8 what is too large becomes the largest number, since e4m3 has no
+    infinity.
+    """
+    if kv_scales is None:
+        return x
+    else:
+        scales = tl.load(kv_scales + heads, mask=is_key, other=1.0)[:, None]
+        return tl.clamp(tl.div_rn(x.to(tl.float32), scales), -448.0, 448.0).to(cache.dtype.element_ty)
+
+
 @triton.jit(do_not_specialize=["num_heads", "num_kv_heads"])  # type: ignore[untyped-decorator]
 def _rotate_and_store(  # type: ignore[no-untyped-def]
-    qkv, cos, sin, rotary_rows, cache, rows, positions, block_table,
+    qkv, cos, sin, rotary_rows, cache, rows, positions, block_table, kv_scales,
     num_heads, num_kv_heads, value_offset, qkv_stride, block_stride, slot_stride, table_stride,
     HALF: tl.constexpr, HALF_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -91,13 +103,13 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     place = block.to(tl.int64) * block_stride + (position % BLOCK_SIZE) * slot_stride
     places = place + (heads - num_heads)[:, None] * (2 * HALF) + dims[None, :]
     key_mask = is_key[:, None] & in_half[None, :]
-    tl.store(cache + places, turned_first, mask=key_mask)
-    tl.store(cache + places + HALF, turned_second, mask=key_mask)
-    values = offsets + num_kv_heads * (2 * HALF)
-    tl.store(cache + value_offset + places, tl.load(qkv + values, mask=key_mask, other=0.0), mask=key_mask)
-    tl.store(
-        cache + value_offset + places + HALF, tl.load(qkv + values + HALF, mask=key_mask, other=0.0), mask=key_mask
-    )
+    for half in tl.static_range(2):
+        key = turned_first if half == 0 else turned_second
+        value = tl.load(qkv + offsets + (num_kv_heads * 2 + half) * HALF, mask=key_mask, other=0.0)
+        key = _as_cached(key, kv_scales, heads - num_heads, is_key, cache)
+        value = _as_cached(value, kv_scales, heads - num_heads + num_kv_heads, is_key, cache)
+        tl.store(cache + places + half * HALF, key, mask=key_mask)
+        tl.store(cache + value_offset + places + half * HALF, value, mask=key_mask)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -170,6 +182,7 @@ def rotate_and_store(
     rows: Tensor,
     positions: Tensor,
     block_table: Tensor,
+    kv_scales: Tensor | None,
 ) -> None:
     """Rotate the queries in place, and put the rotated keys and the values into the cache.
 
@@ -182,13 +195,14 @@ def rotate_and_store(
         rows: (T) int32 rows of the block table.
         positions: (T) int32 of each token in its sequence.
         block_table: (slots, blocks) int32.
+        kv_scales: see `AttentionBackend.forward`.
     """
     tokens, heads, head_dim = qkv.shape
     kv_heads, half = cache.shape[3], head_dim // 2
     turned = heads - kv_heads
     per_program = min(16, triton.next_power_of_2(turned))
     _rotate_and_store[(tokens, triton.cdiv(turned, per_program))](
-        qkv, cos, sin, rotary_rows, cache, rows, positions, block_table,
+        qkv, cos, sin, rotary_rows, cache, rows, positions, block_table, kv_scales,
         heads - 2 * kv_heads, kv_heads, cache.stride(0), qkv.stride(0), cache.stride(1), cache.stride(2),
         block_table.stride(0),
         HALF=half, HALF_PAD=triton.next_power_of_2(half), BLOCK_SIZE=cache.shape[2], HEADS=per_program,

@@ -22,6 +22,8 @@ class LlamaAttention(nn.Module):
         self.head_dim = head_dim(config)
         self.sliding_window = getattr(config, "sliding_window", None)
         self.backend = backend
+        self.kv_scales: Tensor | None = None
+        """See `AttentionBackend`; `engine.worker.kv_scales` finds them."""
         bias = getattr(config, "attention_bias", False)
         rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv_proj = Linear(config.hidden_size, rows, bias=bias)
@@ -37,6 +39,7 @@ class LlamaAttention(nn.Module):
             metadata,
             scale=self.head_dim**-0.5,
             sliding_window=self.sliding_window,
+            kv_scales=self.kv_scales,
         )
         return self.o_proj(attended.flatten(1))  # type: ignore[no-any-return]
 
@@ -130,6 +133,12 @@ class LlamaForCausalLM(nn.Module):
     def finish(self, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
         """Make what is computed rather than loaded: the rotary tables up to `max_len` positions."""
         self.language_model.rotary = RotaryEmbedding(self.config, max_len, dtype, device)
+
+    def set_kv_scales(self, scales: list[Tensor]) -> None:
+        """Let each layer know its own, (2, kv_heads), of an fp8 cache."""
+        for layer, of_layer in zip(self.language_model.layers, scales, strict=True):
+            assert isinstance(layer, LlamaLayer)
+            layer.self_attn.kv_scales = of_layer
 
     def head(self, hidden: Tensor) -> Tensor:
         """States (rows, hidden) to logits (rows, vocabulary) in the model's dtype."""

@@ -12,13 +12,14 @@ from torch import Tensor
 from engine.attention import AttentionMetadata, tile_tokens
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError
-from engine.models.llama import head_dim
 from engine.models.llava import LlavaForConditionalGeneration
 from engine.models.loader import load_model
 from engine.models.rotary import long_context_start
 from engine.step import SchedulerOutput
 from engine.worker.decode_graphs import DecodeGraphs, decode_sizes
 from engine.worker.input_batch import InputBatch, StepLayout
+from engine.worker.kv_scales import check_fp8, find_kv_scales
+from engine.worker.layer_caches import block_bytes, make_caches
 from engine.worker.pending import PendingStep, SampledLogprobs
 from engine.worker.sampler import Logprobs, Sampler, gather_logprobs, profile_sampling
 from engine.worker.step_graphs import StepGraphs, step_sizes
@@ -45,6 +46,9 @@ class ModelRunner:
         self.device = config.device
         self.max_model_len = config.max_model_len
         _make_exact()
+        is_fp8 = config.kv_cache_dtype == torch.float8_e4m3fn
+        if is_fp8:
+            check_fp8(self.device)
         started = time.monotonic()
         self.model = load_model(config)
         logger.info("loaded %s in %.1f s", config.model_name, time.monotonic() - started)
@@ -67,9 +71,11 @@ class ModelRunner:
             self._vision = VisionEncoder(self.model, config.vision, self._batch)
         self._decodes: DecodeGraphs | None = None
         self._steps: StepGraphs | None = None
+        if is_fp8:
+            self.model.set_kv_scales(find_kv_scales(self.model, config, self._batch))
         self.num_blocks = self._count_blocks()
         # One block more than the scheduler knows of: what pads a batch is written there.
-        self._caches = self._make_caches(self.num_blocks + 1)
+        self._caches = make_caches(config, self.num_blocks + 1, config.kv_cache_dtype)
         self._batch.block_table[self._batch.padding_slot] = self.num_blocks
         if self._uses_graphs:
             self._capture()
@@ -228,27 +234,23 @@ class ModelRunner:
         free = self._free_gpu_bytes() if self.device.type == "cuda" else _free_cpu_bytes()
         if config.num_blocks is not None:
             return config.num_blocks
-        block_bytes = self._block_bytes()
+        bytes_each = block_bytes(config)
         available = free if config.kv_cache_memory_bytes is None else config.kv_cache_memory_bytes
         most = config.max_num_seqs * -(-config.max_model_len // config.block_size)
-        num_blocks = min(available // block_bytes, most)
+        num_blocks = min(available // bytes_each, most)
         if num_blocks < 1 and config.kv_cache_memory_bytes is not None:
             raise ModelLoadError(
-                f"--kv-cache-memory-bytes is {config.kv_cache_memory_bytes}: one cache block takes {block_bytes}"
+                f"--kv-cache-memory-bytes is {config.kv_cache_memory_bytes}: one cache block takes {bytes_each}"
             )
         if num_blocks < 1:
             raise ModelLoadError(
                 "no memory is left for the KV cache: raise --gpu-memory-utilization, or lower --max-num-batched-tokens"
             )
         tokens = num_blocks * config.block_size
-        size = num_blocks * block_bytes / 2**30
-        logger.info("KV cache: %d tokens in %d blocks, %.2f GiB", tokens, num_blocks, size)
+        size = num_blocks * bytes_each / 2**30
+        kind = str(config.kv_cache_dtype).removeprefix("torch.")
+        logger.info("KV cache: %d tokens in %d blocks of %s, %.2f GiB", tokens, num_blocks, kind, size)
         return num_blocks
-
-    def _block_bytes(self) -> int:
-        text, config = self._config.text_config, self._config
-        per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim(text) * config.dtype.itemsize
-        return int(per_token * config.block_size)
 
     def _free_gpu_bytes(self) -> int:
         """Memory that remains below the utilization limit when the largest step runs."""
@@ -315,7 +317,8 @@ class ModelRunner:
             tiles=self._batch.upload(self._batch.tiles(*prefills[1:3].astype(np.int64))),
         )
         hidden = self._look_up(metadata.token_rows, metadata.positions)
-        return self.model.language_model(hidden, self._make_caches(1), metadata)  # type: ignore[no-any-return]
+        caches = make_caches(self._config, 1, self._config.kv_cache_dtype)
+        return self.model.language_model(hidden, caches, metadata)  # type: ignore[no-any-return]
 
     def _capture(self) -> None:
         """Capture steps in which every request has one token, all other steps, and the vision tower."""
@@ -342,12 +345,6 @@ class ModelRunner:
         self._decodes, self._steps = decodes, steps
         taken = (free - torch.cuda.mem_get_info()[0]) / 2**20
         logger.info("captured CUDA graphs in %.1f s, %.0f MiB", time.monotonic() - started, taken)
-
-    def _make_caches(self, num_blocks: int) -> list[Tensor]:
-        text = self._config.text_config
-        shape = (2, num_blocks, self._config.block_size, text.num_key_value_heads, head_dim(text))
-        dtype = self._config.dtype
-        return [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(text.num_hidden_layers)]
 
 
 def _make_exact() -> None:

@@ -78,6 +78,8 @@ def test_text_only_model_has_no_vision(checkpoint: MakeCheckpoint) -> None:
         ({"enable_prefix_caching": False}, "enable_prefix_caching", False),
         ({"seed": 2**63 - 1}, "seed", 2**63 - 1),
         ({"dtype": "bfloat16"}, "dtype", torch.bfloat16),
+        ({"dtype": "bfloat16"}, "kv_cache_dtype", torch.bfloat16),
+        ({"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, "kv_cache_dtype", torch.float8_e4m3fn),
         ({"served_model_name": "one"}, "served_names", ["one"]),
         ({"served_model_name": ["one", "two"]}, "served_names", ["one", "two"]),
         ({"max_num_queued_reqs": 0}, "max_num_queued_reqs", 0),
@@ -148,7 +150,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"load_format": "pt"}, "--load-format is 'pt': it must be one of auto, safetensors, dummy"),
     ({"image_input_type": "pixels"}, "--image-input-type is 'pixels': it must be one of pixel_values, image_features"),
     ({"kv_cache_dtype": "fp4"}, "--kv-cache-dtype is 'fp4': it must be one of auto, fp8"),
-    ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 is not available yet: leave it at auto"),
     ({"tensor_parallel_size": 2}, "--tensor-parallel-size is 2: only 1 is available yet"),
     ({"distributed_executor_backend": "ray"}, "--distributed-executor-backend ray is not available: mp is"),
     (

@@ -268,7 +268,6 @@ def test_arguments_are_checked(folder: Path, checkpoint: MakeCheckpoint) -> None
         ({"max_model_len": 4096}, "4096.*2048"),
         ({"dtype": "int8"}, "float16"),
         ({"tensor_parallel_size": 2}, "only 1"),
-        ({"kv_cache_dtype": "fp8"}, "not available"),
         ({"block_size": 5}, "multiple of 16"),
         ({"gpu_memory_utilization": 1.5}, "1.5"),
         ({"limit_mm_per_prompt": "audio=1"}, "image=4"),

@@ -46,8 +46,12 @@ def check(
     *,
     counted: bool = False,
     shared: tuple[int, int] | None = None,
+    fp8: bool = False,
 ) -> None:
-    """`shared`: so many of the first decodes begin with so many of the first one's tokens."""
+    """`shared`: so many of the first decodes begin with so many of the first one's tokens. `fp8`: the cache is.
+
+    Then all turns are by right angles, so that both sides round the same keys.
+    """
     from engine.attention.triton import TritonAttention
 
     heads, kv_heads, head_dim = shape
@@ -70,25 +74,36 @@ def check(
     cache = torch.randn(2, blocks, BLOCK, kv_heads, head_dim, generator=generator).to(dtype)
     angles = torch.rand(max(lengths), head_dim // 2, generator=generator) * 6
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    scales = None
+    if fp8:
+        cos, sin = cos.round(), sin.round() * (cos.round() == 0)
+        scales = 2.0 ** torch.randint(-7, -4, (2, kv_heads), generator=generator)
+        cache = (cache * 50).to(torch.float8_e4m3fn)
 
     def attend(backend: object, meta: AttentionMetadata, tensors: list[Tensor]) -> Tensor:
-        found: Tensor = backend.forward(*tensors, meta, scale=head_dim**-0.5, sliding_window=window)  # type: ignore[attr-defined]
+        kv_scales = None if scales is None else scales.to(tensors[0].device)
+        found: Tensor = backend.forward(  # type: ignore[attr-defined]
+            *tensors, meta, scale=head_dim**-0.5, sliding_window=window, kv_scales=kv_scales
+        )
         return found
 
     inputs = [qkv, cos, sin, cache]
-    on_host = [tensor.float().clone() for tensor in inputs]
+    on_host = [tensor.float().clone() for tensor in inputs[:3]] + [cache.clone() if fp8 else cache.float()]
     on_device = [tensor.to(DEVICE).clone() for tensor in inputs]
     expected = attend(SDPAttention(), host_meta, on_host)
     found = attend(TritonAttention(), device_meta, on_device)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(found.float().cpu(), expected, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(on_device[3].float().cpu(), on_host[3], atol=tolerance, rtol=tolerance)
+    written = 0.0 if fp8 else tolerance
+    torch.testing.assert_close(on_device[3].float().cpu(), on_host[3].float(), atol=written, rtol=written)
 
 
 COUNTS = [1, 1, 1, 30, 100, 7]
 LENGTHS = [1, 50, 200, 30, 333, 64]
 # The interpreter knows no products of bfloat16.
 DTYPES = [torch.float32, torch.float16] if INTERPRETS else [torch.float32, torch.float16, torch.bfloat16]
+# With an fp8 cache they are made in float16.
+FP8_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(4, 4, 64), (8, 2, 128), (6, 1, 80), (2, 2, 16)]
 
 
@@ -132,3 +147,27 @@ def test_a_shared_beginning_is_read_once(
 ) -> None:
     lengths = [300, 257, 290, 400, 241, 3, 20, 50] if shared != (0, 0) else [300, 2, 3, 4, 5, 6, 20, 50]
     check(dtype, shape, None, [1] * 6 + [20, 7], lengths, counted=counted, shared=shared)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("shape", SHAPES[1:3] if INTERPRETS else SHAPES)
+@pytest.mark.parametrize("dtype", FP8_DTYPES)
+def test_fp8_mixed_batch(dtype: torch.dtype, shape: tuple[int, int, int], window: int | None, counted: bool) -> None:
+    check(dtype, shape, window, COUNTS, LENGTHS, counted=counted, fp8=True)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 64), (8, 2, 128)])
+@pytest.mark.parametrize("dtype", FP8_DTYPES)
+def test_fp8_only_decodes(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """Few and long: each is split. Many: none is."""
+    check(dtype, shape, None, [1] * 2, [900, 333], fp8=True)
+    check(dtype, shape, None, [1] * 9, [70, 1, 17, 16, 100, 5, 31, 32, 33], fp8=True)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("shared", [(3, 32), (5, 240)])
+@pytest.mark.parametrize("dtype", FP8_DTYPES)
+def test_fp8_shared_beginning(dtype: torch.dtype, shared: tuple[int, int], counted: bool) -> None:
+    lengths = [300, 257, 290, 400, 241, 3, 20, 50]
+    check(dtype, (8, 2, 16), None, [1] * 6 + [20, 7], lengths, counted=counted, shared=shared, fp8=True)

@@ -48,6 +48,32 @@ def test_quick_gelu(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(triton_ops.quick_gelu(x), torch_ops.quick_gelu(x), **tolerances(dtype))
 
 
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_rotation_and_cache(dtype: torch.dtype, kv_heads: int, head_dim: int) -> None:
+    """Turned by no angle: each head's numbers are divided by its scale, rounded and cut off, as in torch."""
+    from engine.kernels import triton_ops
+
+    generator = torch.Generator().manual_seed(0)
+    tokens, heads, block = 20, 6, 16
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, head_dim, generator=generator) * 10
+    qkv[3, heads:], qkv[4, heads:], qkv[5, heads:] = 1e4, -1e4, 1e-3
+    qkv = qkv.to(dtype).to(DEVICE)
+    scales = (torch.rand(2, kv_heads, generator=generator) / 4 + 0.01).to(DEVICE)
+    angles = torch.zeros(tokens, head_dim // 2, dtype=dtype, device=DEVICE)
+    cache = torch.zeros(2, 3, block, kv_heads, head_dim, device=DEVICE).to(torch.float8_e4m3fn)
+    positions = torch.arange(tokens, device=DEVICE).int()
+    table = torch.tensor([[2, 1]], device=DEVICE).int()
+    before = qkv.clone()
+    triton_ops.rotate_and_store(qkv, angles + 1, angles, positions, cache, positions * 0, positions, table, scales)
+    assert torch.equal(qkv, before)
+    for part, scale, written in zip(before[:, heads:].split(kv_heads, dim=1), scales, cache.float(), strict=True):
+        expected = (part.float() / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+        assert torch.equal(written[table[0].long()].flatten(0, 1)[:tokens], expected)
+        assert expected.abs().max() == 448
+
+
 @pytest.mark.skipif(INTERPRETS, reason="Triton has no interpreter for its lower level")
 @pytest.mark.parametrize(("size_in", "size_out"), [(4096, 4096), (11008, 4096), (1024, 96), (8192, 100), (4096, 32064)])
 @pytest.mark.parametrize("rows", [2, 16, 17, 32, 45, 64, 100, 128])

@@ -146,7 +146,6 @@ def test_fetch_timeout(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
         (["--seed", "-1"], ["--seed", "-1"]),
         (["--num-gpu-blocks-override", "9", "--kv-cache-memory-bytes", "9"],
          ["--num-gpu-blocks-override", "--kv-cache-memory-bytes"]),
-        (["--kv-cache-dtype", "fp8"], ["--kv-cache-dtype", "fp8"]),
         (["--tensor-parallel-size", "2"], ["--tensor-parallel-size", "2"]),
         (["--distributed-executor-backend", "ray"], ["--distributed-executor-backend", "ray"]),
         (["--disable-image-processor", "--image-processor", "x"], ["--disable-image-processor", "--image-processor"]),

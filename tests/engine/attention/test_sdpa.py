@@ -24,11 +24,17 @@ def metadata(
 
 
 def attend(
-    qkv: Tensor, cache: Tensor, meta: AttentionMetadata, *, scale: float = 0.3, window: int | None = None
+    qkv: Tensor,
+    cache: Tensor,
+    meta: AttentionMetadata,
+    *,
+    scale: float = 0.3,
+    window: int | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Attention with rotations by no angle at all."""
     cos, sin = torch.ones(100, HEAD_DIM // 2, dtype=qkv.dtype), torch.zeros(100, HEAD_DIM // 2, dtype=qkv.dtype)
-    return SDPAttention().forward(qkv, cos, sin, cache, meta, scale=scale, sliding_window=window)
+    return SDPAttention().forward(qkv, cos, sin, cache, meta, scale=scale, sliding_window=window, kv_scales=scales)
 
 
 class Case:
@@ -86,9 +92,9 @@ class Case:
     def newest(self, tensors: list[Tensor]) -> Tensor:
         return torch.cat([tensor[len(tensor) - count :] for tensor, count in zip(tensors, self.counts, strict=True)])
 
-    def attend(self, *, scale: float = 0.3, window: int | None = None) -> Tensor:
+    def attend(self, *, scale: float = 0.3, window: int | None = None, scales: Tensor | None = None) -> Tensor:
         qkv = torch.cat((torch.cat(self.queries), self.newest(self.keys), self.newest(self.values)), dim=1)
-        return attend(qkv, self.cache, self.metadata, scale=scale, window=window)
+        return attend(qkv, self.cache, self.metadata, scale=scale, window=window, scales=scales)
 
     def expected(self, *, scale: float = 0.3, window: int | None = None) -> Tensor:
         """One query, one head and one key after the other, in float64."""
@@ -183,7 +189,14 @@ def test_queries_and_keys_are_rotated_by_their_own_angles() -> None:
     qkv = torch.cat((case.queries[0], case.keys[0], case.values[0]), dim=1)
     angles = torch.tensor([0.0, 0.3, 1.0, 2.0]).expand(100, -1)
     found = SDPAttention().forward(
-        qkv.clone(), angles.cos(), angles.sin(), case.cache, case.metadata, scale=1.0, sliding_window=None
+        qkv.clone(),
+        angles.cos(),
+        angles.sin(),
+        case.cache,
+        case.metadata,
+        scale=1.0,
+        sliding_window=None,
+        kv_scales=None,
     )
     block, offset = case.place(0, 0)
     key = case.keys[0][0, 0].double()
@@ -192,6 +205,60 @@ def test_queries_and_keys_are_rotated_by_their_own_angles() -> None:
     torch.testing.assert_close(case.cache[0, block, offset, 0].double(), torch.stack(turned), atol=1e-6, rtol=1e-6)
     assert torch.equal(case.cache[1, block, offset], case.values[0][0])
     torch.testing.assert_close(found[0], case.values[0].expand(1, 2, -1)[0])
+
+
+def fp8(x: Tensor, scales: Tensor) -> Tensor:
+    """(…, kv_heads, head_dim) as an fp8 cache holds it."""
+    return (x.float() / scales.unsqueeze(-1)).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def read(x: Tensor, scales: Tensor) -> Tensor:
+    """What that stands for."""
+    return x.float() * scales.unsqueeze(-1)
+
+
+def with_fp8_cache(case: Case) -> Tensor:
+    """Make it have one, whose scales are returned."""
+    scales = 2.0 ** torch.arange(-8, 0).view(2, -1)[:, : case.keys[0].shape[1]]
+    case.cache = torch.stack([fp8(x, some) for x, some in zip(case.cache, scales, strict=True)])
+    return scales
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 5, 24])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
+def test_fp8_is_attention_to_rounded_keys_and_values(
+    heads: int, kv_heads: int, window: int | None, dtype: torch.dtype
+) -> None:
+    case = Case(*MIXED, heads=heads, kv_heads=kv_heads, dtype=dtype)
+    scales = with_fp8_cache(case)
+    found = case.attend(window=window, scales=scales)
+    assert found.dtype == dtype
+    case.keys = [read(fp8(keys, scales[0]), scales[0]) for keys in case.keys]
+    case.values = [read(fp8(values, scales[1]), scales[1]) for values in case.values]
+    assert_equal(found, case.expected(window=window), 1e-5 if dtype == torch.float32 else 3e-2)
+
+
+def test_fp8_writes_only_the_slots_of_the_step() -> None:
+    case = Case(*MIXED, kv_heads=2)
+    scales = with_fp8_cache(case)
+    before = case.cache.view(torch.uint8).clone()
+    case.attend(scales=scales)
+    changed = (case.cache.view(torch.uint8) != before).flatten(3).any(-1).flatten(1)
+    assert {int(slot) for slot in changed[0].nonzero()} == {int(slot) for slot in changed[1].nonzero()} == case.written
+    for i, length in enumerate(case.lengths):
+        for position in range(length):
+            for cache, of_all, some in zip(case.cache, (case.keys, case.values), scales, strict=True):
+                assert torch.equal(cache[case.place(i, position)].float(), fp8(of_all[i][position], some).float())
+
+
+def test_fp8_cuts_off_what_is_too_large() -> None:
+    case = Case([3], [3], kv_heads=1)
+    case.keys[0][0], case.keys[0][1], case.values[0][2] = 1e9, -1e9, float("inf")
+    scales = with_fp8_cache(case)
+    assert case.attend(scales=scales).isfinite().all()
+    block = case.cache[:, case.blocks[0][0]].float()
+    assert (block[0, 0] == 448).all() and (block[0, 1] == -448).all() and (block[1, 2] == 448).all()
 
 
 def test_cpu_gets_sdpa() -> None:
