@@ -13,6 +13,7 @@ from engine.errors import ModelLoadError
 
 _LLAVA_TEMPLATE = Path(__file__).parent.parent / "templates" / "template_llava.jinja"
 _PROBE = "content-style-probe"
+_PROBE_TOOL = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {"type": "object"}}}
 IMAGE_TYPES = ("image", "image_url")
 _JINJA = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])  # to look whether templates are valid
 
@@ -53,6 +54,7 @@ class ChatTemplate:
         self._image_token = image_token
         self._takes_parts = template is not None and self._shows_parts()
         self._takes_strings = template is not None and _PROBE in self._probe(_PROBE)
+        self._shows_tools = template is not None and _PROBE in self._probe(self._content("Hi"), [_PROBE_TOOL])
         self._knows_developer = self._shows_developer()
         self._joins_texts = {role: self._takes_parts and self._shows_both(role) for role in ("system", "assistant")}
 
@@ -72,6 +74,8 @@ class ChatTemplate:
         """
         if self._template is None:
             raise ValueError("the model has no chat template: give one with --chat-template, or use completions")
+        if tools and not self._shows_tools:
+            messages, tools = _with_tools(messages, tools), None
         prepared = [self._prepare(message) for message in messages]
         try:
             rendered = self._tokenizer.apply_chat_template(
@@ -126,12 +130,12 @@ class ChatTemplate:
 
     def _shows_developer(self) -> bool:
         """Whether the template has a place for OpenAI's newer name of the system's role."""
+        said = {"role": "developer", "content": self._content(_PROBE)}
+        return _PROBE in self._probe_messages([said, {"role": "user", "content": self._content("Hi")}])
 
-        def content(text: str) -> Any:
-            return [{"type": "text", "text": text}] if self._takes_parts and not self._takes_strings else text
-
-        said = {"role": "developer", "content": content(_PROBE)}
-        return _PROBE in self._probe_messages([said, {"role": "user", "content": content("Hi")}])
+    def _content(self, text: str) -> Any:
+        """A text in the form that the template takes."""
+        return [{"type": "text", "text": text}] if self._takes_parts and not self._takes_strings else text
 
     def _shows_both(self, role: str) -> bool:
         """Whether the template renders two parts of a turn that is not the user's; some take one, or print the list."""
@@ -141,18 +145,30 @@ class ChatTemplate:
         rendered = self._probe_messages([said, asked] if role == "system" else [asked, said])
         return all(word in rendered for word in words) and "'type'" not in rendered and '"type"' not in rendered
 
-    def _probe(self, content: Any) -> str:
+    def _probe(self, content: Any, tools: list[dict[str, Any]] | None = None) -> str:
         """A user's message as the template renders it; nothing where it fails."""
-        return self._probe_messages([{"role": "user", "content": content}])
+        return self._probe_messages([{"role": "user", "content": content}], tools)
 
-    def _probe_messages(self, messages: list[dict[str, Any]]) -> str:
+    def _probe_messages(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
         try:
             rendered = self._tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
+                messages, tools=tools, chat_template=self._template, tokenize=False, add_generation_prompt=True
             )
         except Exception:  # a template may fail in any way on what it was not written for
             return ""
         return str(rendered)
+
+
+def _with_tools(messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tools told in the system's message, for a template that has no place for them."""
+    functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    told = {"type": "text", "text": f"These functions can be called:\n{functions}"}
+    first, *others = messages
+    if first["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": [told]}, *messages]
+    content = first.get("content") or []
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [{**first, "content": [*parts, told]}, *others]
 
 
 def read_template(given: str) -> str:

@@ -1,7 +1,7 @@
 """From a prompt and its images to the token ids and image inputs that the engine core takes."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, groupby
 from typing import Any
 
@@ -195,6 +195,17 @@ class InputProcessor:
                     found.append(ids)
         return found
 
+    def grammar(self, params: SamplingParams) -> str | None:
+        """What the answer must look like, in the words of `engine.grammar`."""
+        if params.structured_outputs is None:
+            return None
+        if not self.config.eos_token_ids:
+            raise ValueError("structured_outputs: the model has no end-of-sequence token, so that nothing would end")
+        try:
+            return params.structured_outputs.source()
+        except ValueError as error:
+            raise ValueError(f"structured_outputs: {error}") from None
+
     def make_requests(
         self,
         prompt: ProcessedPrompt,
@@ -209,6 +220,8 @@ class InputProcessor:
     ) -> list[EngineRequest]:
         """One engine request for each of the `n` answers, with names and seeds of their own."""
         params.check_vocab(self.config.vocab_size)
+        grammar = self.grammar(params)
+        params = replace(params, structured_outputs=None)  # which may be large, and is not needed any more
         if params.min_tokens > max_tokens:
             raise ValueError(f"min_tokens is {params.min_tokens}: at most {max_tokens} tokens can be generated")
         bad_words = self.bad_words(params) if bad_words is None else bad_words
@@ -227,6 +240,7 @@ class InputProcessor:
                 arrival_time=arrival_time,
                 cache_salt=cache_salt,
                 bad_words=bad_words,
+                grammar=grammar,
             )
             for index in range(params.n)
         ]
@@ -254,6 +268,11 @@ def load_tokenizer(config: EngineConfig) -> Any:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def tokenizer_json(config: EngineConfig) -> str:
+    """The checkpoint's tokenizer as JSON."""
+    return str(load_tokenizer(config).backend_tokenizer.to_str())
 
 
 def _check_image_token(tokenizer: Any, config: EngineConfig) -> None:

@@ -168,6 +168,8 @@ class LLM:
             results |= {request.request_id: (outputs[-1], index) for index, request in enumerate(made)}
             groups.append(made)
             requests += made
+        for request in requests:
+            self._core.check(request)
         for made in groups:  # now that no request can be refused any more
             self._outputs.add(made)
         try:

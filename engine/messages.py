@@ -45,6 +45,8 @@ class EngineRequest:
     cache_salt: str = ""
     bad_words: list[list[int]] = field(default_factory=list)
     """Token ids of what must not be said."""
+    grammar: str | None = None
+    """What the answer must look like, in the words of `engine.grammar`."""
 
 
 @dataclass(slots=True)

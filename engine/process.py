@@ -1,10 +1,12 @@
 """The engine process: a synchronous loop around the core, with one thread for input and one for output."""
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -54,7 +56,7 @@ def run_engine(config: EngineConfig, inbox_address: str, outbox_address: str, lo
     ready = EngineReady(core.max_model_len, core.runner.num_blocks)
     outbox.send_multipart([READY, msgspec.msgpack.encode(ready)])
     received: _Inbox = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(inbox, received), daemon=True).start()
+    threading.Thread(target=_receive, args=(inbox, received, core), daemon=True).start()
     to_send: queue.SimpleQueue[EngineOutputs | None] = queue.SimpleQueue()
     sender = threading.Thread(target=_send, args=(outbox, to_send))
     sender.start()
@@ -96,22 +98,39 @@ def _next(core: EngineCore, received: _Inbox) -> tuple[bytes, Any]:
         return received.get()
 
 
-def _receive(inbox: zmq.Socket[bytes], received: _Inbox) -> None:
+def _receive(inbox: zmq.Socket[bytes], received: _Inbox, core: EngineCore) -> None:
     """Put messages into the queue. If that fails nothing could be served any more, so the process ends."""
     try:
-        _receive_until_stop(inbox, received)
+        _receive_until_stop(inbox, received, core)
     except Exception:
         logger.exception("requests can no longer be received")
         os._exit(1)
 
 
-def _receive_until_stop(inbox: zmq.Socket[bytes], received: _Inbox) -> None:
+def _receive_until_stop(inbox: zmq.Socket[bytes], received: _Inbox, core: EngineCore) -> None:
+    # Grammars are compiled in a thread of their own, so that nothing else waits for it. What gives a request up goes
+    # the same way, lest it be there before the request.
+    compiling = ThreadPoolExecutor(1, thread_name_prefix="compile")
+
+    def compiled(request: EngineRequest) -> None:
+        with contextlib.suppress(ValueError):  # which comes again, and is told, where the request is taken in
+            core.check(request)
+        received.put((ADD, request))
+
     requests = msgspec.msgpack.Decoder(EngineRequest)
     names = msgspec.msgpack.Decoder(list[str])
     while True:
         kind, payload = inbox.recv_multipart()
-        decoded = requests.decode(payload) if kind == ADD else names.decode(payload) if kind == ABORT else None
-        received.put((kind, decoded))
+        if kind == ADD:
+            request = requests.decode(payload)
+            if request.grammar is None:
+                received.put((kind, request))
+            else:
+                compiling.submit(compiled, request)
+        elif kind == ABORT:
+            compiling.submit(received.put, (kind, names.decode(payload)))
+        else:
+            received.put((kind, None))
         if kind == STOP:
             return
 

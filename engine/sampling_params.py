@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.grammar.structured_outputs import StructuredOutputs
+
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_LOGPROBS = 20
@@ -50,6 +52,8 @@ class SamplingParams:
     """None: none; 0: the sampled token's alone; k: of the k best too."""
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
+    """What the answer must look like; a dict of its fields will do."""
     truncate_prompt_tokens: int | None = None
     """Keep this many tokens from the prompt's end; prompts with images cannot be cut."""
 
@@ -75,6 +79,7 @@ class SamplingParams:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be True or False")
         self._check_texts()
         self._check_tokens()
+        self._check_structured_outputs()
 
     def _check_texts(self) -> None:
         self.stop = _listed("stop", [self.stop] if isinstance(self.stop, str) else self.stop)
@@ -106,6 +111,21 @@ class SamplingParams:
             _check_ids("logit_bias", list(self.logit_bias))
             for bias in self.logit_bias.values():
                 _check_range("logit_bias", bias, -100, 100)
+
+    def _check_structured_outputs(self) -> None:
+        if self.structured_outputs is None:
+            return
+        if isinstance(self.structured_outputs, dict):
+            try:
+                self.structured_outputs = StructuredOutputs(**self.structured_outputs)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"structured_outputs: {error}") from None
+        if not isinstance(self.structured_outputs, StructuredOutputs):
+            raise ValueError("structured_outputs must be StructuredOutputs or a dict of its fields")
+        # Each of these may forbid what the form demands.
+        for name in ("min_tokens", "ignore_eos", "bad_words", "allowed_token_ids"):
+            if getattr(self, name):
+                raise ValueError(f"{name} cannot be used with structured_outputs")
 
     @property
     def is_greedy(self) -> bool:

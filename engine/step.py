@@ -57,5 +57,7 @@ class ModelRunnerOutput:
     logprobs: dict[str, PositionLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[PositionLogprobs]] = field(default_factory=dict)
     """Of the positions this step computed; entry i tells of the token at start + i + 1."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Requests that cannot go on, each with the reason."""
     encoder_seconds: float = 0.0
     """What the device spent on the step's images."""

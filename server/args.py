@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from engine.args import EngineArgs
 from engine.environment import fetch_timeout
+from server.tool_parsers import PARSERS
 
 
 def _flag(default: Any, group: str, text: str, *, choices: tuple[str, ...] = (), kind: Any = None) -> Any:
@@ -43,6 +44,12 @@ class ServerArgs:
     root_path: str = _flag("", "server", "path below which a proxy serves this server")
     chat_template: str | None = _flag(None, "server", "a file, or the Jinja template itself; default: the checkpoint's")
     trust_request_chat_template: bool = _flag(False, "server", "let requests bring a chat template")
+    tool_call_parser: str | None = _flag(
+        None,
+        "server",
+        "format in which the model calls tools; default: tools are called on demand only",
+        choices=tuple(PARSERS),
+    )
     response_role: str = _flag("assistant", "server", "role of the answers")
     max_request_bytes: int = _flag(64 << 20, "server", "bytes of one request's body", kind=int)
     shutdown_timeout: float = _flag(30.0, "server", "seconds that running requests get at shutdown", kind=float)

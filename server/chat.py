@@ -20,6 +20,7 @@ from server.protocol import ChatCompletionRequest
 from server.response_types import ChatCompletion, ChatCompletionChunk
 from server.sse import EventStream, unless_client_goes
 from server.state import ServerState, read_body, state_of
+from server.tools import ToolReader, ToolUse, joined
 
 router = APIRouter()
 
@@ -46,9 +47,11 @@ async def start_chat(state: ServerState, body: ChatCompletionRequest, arrived: f
     """Check the request, make its prompt and hand it to the engine."""
     model = state.check_model(body.model)
     body.check_served()
+    use = body.tool_use(state.args.tool_call_parser)
     with _max_tokens_as_given(body):
-        params = body.params(state.config.sampling_defaults)
+        params = body.params(state.config.sampling_defaults, use)
     with state.engine.admission(params.n):
+        await state.check_form(params, body.form_field if use is None or use.form is None else "tools")
         prompt = await chat_prompt(state, body)
         body.messages = []  # which may hold large images, and are not needed while the answer runs or waits
         bad_words = await state.bad_words(params)
@@ -64,7 +67,7 @@ async def start_chat(state: ServerState, body: ChatCompletionRequest, arrived: f
                 request_id=name,
             )
     state.metrics.prompt(len(prompt.token_ids))
-    return Chat(state, body, prompt, stream, name, model)
+    return Chat(state, body, prompt, stream, name, model, use)
 
 
 @contextmanager
@@ -89,9 +92,11 @@ class Chat:
         stream: ResponseStream,
         name: str,
         model: str,
+        use: ToolUse | None,
     ) -> None:
         self._state = state
         self._body = body
+        self._use = use
         self._prompt = prompt
         self._stream = stream
         self.usage = Usage.of([prompt])
@@ -128,6 +133,7 @@ class Chat:
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a stream."""
         begun: set[int] = set()
+        readers = {} if self._use is None else {i: ToolReader(self._use) for i in range(self._body.n or 1)}
         async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
                 if delta.index not in begun:
@@ -135,35 +141,50 @@ class Chat:
                     begun.add(delta.index)
                     yield self._chunk(delta.index, {"role": self._state.args.response_role, "content": ""}, first=first)
                 if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
-                    yield self._delta_chunk(delta)
+                    for chunk in self._delta_chunks(delta, readers.get(delta.index)):
+                        yield chunk
         if self._body.include_usage:
             yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self.usage.json()}
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        message = {"role": self._state.args.response_role, "content": "".join(answer.text), "refusal": None}
+        said: dict[str, Any] = {"content": "".join(answer.text)}
+        finish_reason = answer.finish_reason
+        if self._use is not None:
+            reader = ToolReader(self._use)
+            said = joined(reader.feed(said["content"], is_last=True))
+            finish_reason = reader.finish_reason(finish_reason)
         choice: dict[str, Any] = {
             "index": index,
-            "message": message,
+            "message": {"role": self._state.args.response_role, **said, "refusal": None},
             "logprobs": self._logprobs(answer.logprobs),
-            "finish_reason": answer.finish_reason,
+            "finish_reason": finish_reason,
             "stop_reason": answer.stop_reason,
         }
         if self._body.return_token_ids:
             choice["token_ids"] = answer.token_ids
         return choice
 
-    def _delta_chunk(self, delta: Delta) -> dict[str, Any]:
-        content = {"content": delta.text} if delta.text or not delta.finish_reason else {}
-        chunk = self._chunk(delta.index, content)
+    def _delta_chunks(self, delta: Delta, reader: ToolReader | None) -> Iterator[dict[str, Any]]:
+        """One chunk, or with calls of tools one for each piece; what else there is to tell is in the last."""
+        is_last = delta.finish_reason is not None
+        said: list[dict[str, Any]] = [{"content": delta.text} if delta.text or not is_last else {}]
+        if reader is not None:
+            said = reader.feed(delta.text, is_last=is_last) or [{}]
+            if said == [{}] and not (is_last or delta.logprobs or self._body.return_token_ids):
+                return
+        for piece in said[:-1]:
+            yield self._chunk(delta.index, piece)
+        chunk = self._chunk(delta.index, said[-1])
         choice = chunk["choices"][0]
         if delta.logprobs:
             choice["logprobs"] = self._logprobs(delta.logprobs)
         if self._body.return_token_ids:
             choice["token_ids"] = delta.token_ids
-        choice["finish_reason"] = delta.finish_reason
-        if delta.finish_reason is not None:
+        if is_last:
+            reason = delta.finish_reason
+            choice["finish_reason"] = reason if reader is None else reader.finish_reason(reason)
             choice["stop_reason"] = delta.stop_reason
-        return chunk
+        yield chunk
 
     def _chunk(self, index: int, delta: dict[str, Any], *, first: bool = False) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

@@ -10,6 +10,7 @@ from engine.input_processor import PreparedImage, ProcessedPrompt, load_tokenize
 from server.errors import bad_request, blaming
 from server.protocol import ChatCompletionRequest, TemplateFields
 from server.state import ServerState
+from server.tools import Tool
 
 MAX_TEMPLATE_KWARGS = 64
 TEMPLATE_SECONDS = 5.0
@@ -75,6 +76,11 @@ def make_renderer(config: EngineConfig, image_token: str | None, most: int) -> C
     return render
 
 
+def plain_tools(tools: list[Tool] | None) -> list[dict[str, Any]] | None:
+    """As templates take them."""
+    return None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools]
+
+
 def check_system_text(state: ServerState, field: str, text: str) -> None:
     """Refuse the image placeholder in a field of its own, which a chat would blame on its messages."""
     if state.inputs.image_token is not None and state.inputs.image_token in text:
@@ -86,7 +92,8 @@ async def chat_prompt(state: ServerState, body: ChatCompletionRequest) -> Proces
     urls = body.image_urls()
     with blaming("messages"):
         state.inputs.check_image_count(len(urls))
-        token_ids = await render(state, body)
+        use_tools = body.tools and body.tool_choice != "none"
+        token_ids = await render(state, body, plain_tools(body.tools) if use_tools else None)
         images = await state.load_images(urls)
         return await state.in_text_pool(_process, state, token_ids, images, body.truncate_prompt_tokens)
 

@@ -1,13 +1,20 @@
 """OpenAI's requests, with the extensions that vLLM made usual. What is not served is refused here."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from itertools import groupby
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator
 from pydantic.json_schema import SkipJsonSchema
 
+from engine.grammar.structured_outputs import StructuredOutputs
 from engine.sampling_params import MAX_COUNT, MAX_LIST, SamplingParams
+from server import tools
+from server.tool_parsers import MARKED_BY_SPECIAL_TOKENS, PARSERS
+from server.tools import MAX_TOOLS, Choice, NamedToolChoice, Tool, ToolCall, ToolUse
 
 MAX_MESSAGES = 1024
 MAX_PARTS = 1024
@@ -117,9 +124,6 @@ class SamplingFields(RequestModel):
 
     def check_served(self) -> None:
         """Raise `ValueError` for a feature that is not there."""
-        kind = "text" if self.response_format is None else self.response_format.get("type")
-        if kind != "text":
-            raise ValueError(f"response_format {kind!r} is not available yet: only 'text' is")
         for name in _NOT_SERVED:
             if getattr(self, name):
                 raise ValueError(f"{name} is not available")
@@ -131,8 +135,6 @@ class SamplingFields(RequestModel):
             raise ValueError(
                 f"best_of is {self.best_of}, which is not available: only the value of n, {self.n or 1}, is"
             )
-        if self.structured_outputs is not None:
-            raise ValueError("structured_outputs is not available yet")
         if self.store:
             raise ValueError("store is not available: nothing is kept after the answer")
         if self.service_tier not in (None, "auto", "default"):
@@ -140,8 +142,44 @@ class SamplingFields(RequestModel):
         if self.stream and self.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs cannot be streamed")
 
+    @property
+    def form_field(self) -> str:
+        """The field that says what an answer must look like, if there is one."""
+        return "structured_outputs" if self.response_format is None else "response_format"
+
+    def form(self) -> StructuredOutputs | None:
+        """What an answer must look like.
+
+        Raises:
+            ValueError: the field is wrong.
+        """
+        if self.response_format is None or self.response_format.get("type") == "text":
+            if self.structured_outputs is None:
+                return None
+            with beginning_with("structured_outputs"):
+                return StructuredOutputs(**_known_fields(self.structured_outputs))
+        if self.structured_outputs is not None:
+            raise ValueError("response_format and structured_outputs exclude each other")
+        kind = self.response_format.get("type")
+        if kind == "json_object":
+            return StructuredOutputs(json_object=True)
+        if kind != "json_schema":
+            raise ValueError(
+                f"response_format {str(kind)[:100]!r} is not available: 'text', 'json_object' and 'json_schema' are"
+            )
+        described = self.response_format.get("json_schema")
+        schema = described.get("schema", {}) if isinstance(described, dict) else None
+        if not isinstance(schema, dict):
+            raise ValueError("response_format.json_schema must be an object with a schema, an object too")
+        return StructuredOutputs(json=schema)
+
     def sampling_params(
-        self, defaults: dict[str, Any], *, max_tokens: int | None, logprobs: int | None
+        self,
+        defaults: dict[str, Any],
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        form: StructuredOutputs | None = None,
     ) -> SamplingParams:
         """The engine's parameters: the request's, else the checkpoint's, else OpenAI's.
 
@@ -152,7 +190,28 @@ class SamplingFields(RequestModel):
         values = defaults | {name: value for name, value in given.items() if value is not None}
         if self.logit_bias:
             values["logit_bias"] = _bias(self.logit_bias)
+        form = self.form() if form is None else form
+        if form is not None:
+            values["structured_outputs"] = form
         return SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs)
+
+
+@contextmanager
+def beginning_with(field: str) -> Iterator[None]:
+    """Errors begin with the field that they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+
+
+def _known_fields(given: dict[str, Any]) -> dict[str, Any]:
+    """Nulls left out; `ValueError` for what is not known, which would have changed the answer."""
+    names = {field.name for field in fields(StructuredOutputs)}
+    for name, value in given.items():
+        if name not in names and value is not None:
+            raise ValueError(f"{name[:100]!r} is not available: {', '.join(sorted(names))} are")
+    return {name: value for name, value in given.items() if value is not None}
 
 
 _SAMPLING_FIELDS = (
@@ -212,13 +271,25 @@ def _plain_part(part: Part) -> dict[str, Any]:
     return {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image_url"}
 
 
+def _plain_call(call: ToolCall) -> dict[str, Any]:
+    """With arguments as an object, as templates want them."""
+    with beginning_with("messages"):
+        try:
+            arguments = json.loads(call.function.arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise ValueError("the arguments of a tool call must be the text of a JSON object")
+    return {**call.model_dump(exclude_none=True), "function": {"name": call.function.name, "arguments": arguments}}
+
+
 class Message(RequestModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
     @property
@@ -235,7 +306,9 @@ class Message(RequestModel):
 
     def plain(self) -> dict[str, Any]:
         """As a template takes it; where its images are is left out."""
-        plain = self.model_dump(exclude_none=True, exclude={"content"})
+        plain = self.model_dump(exclude_none=True, exclude={"content", "tool_calls"})
+        if self.tool_calls:
+            plain["tool_calls"] = [_plain_call(call) for call in self.tool_calls]
         if self.content is None:
             return plain
         shown = self.content if isinstance(self.content, str) else [_plain_part(part) for part in self.content]
@@ -297,8 +370,8 @@ class ChatCompletionRequest(TemplateFields, SamplingFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
     echo: bool | None = None
 
@@ -306,12 +379,8 @@ class ChatCompletionRequest(TemplateFields, SamplingFields):
         """Raise `ValueError` for a feature that is not there, or a contradiction."""
         super().check_served()
         self.check_template_fields()
-        if self.tools and self.tool_choice != "none":
-            raise ValueError("tools is not available yet: leave it out, or set tool_choice to 'none'")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise ValueError("tool_choice is not available yet: leave it out, or set it to 'none'")
-        if any(message.role == "tool" or message.tool_calls for message in self.messages):
-            raise ValueError("messages: tool calls are not available yet")
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice demands a call, but there are no tools")
         if self.echo:
             raise ValueError("echo is not available for chat: use it with completions")
         if self.top_logprobs and not self.logprobs:
@@ -319,11 +388,42 @@ class ChatCompletionRequest(TemplateFields, SamplingFields):
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
 
-    def params(self, defaults: dict[str, Any]) -> SamplingParams:
+    def tool_use(self, parser: str | None) -> ToolUse | None:
+        """How tools are used; None where there are none, or none is to be called.
+
+        Args:
+            parser: of the model's own format, by name; needed where the model may choose.
+
+        Raises:
+            ValueError: what is asked for contradicts itself, or needs a parser.
+        """
+        choice = self.tool_choice or "auto"
+        if not self.tools or choice == "none":
+            return None
+        most_calls = 1 if self.parallel_tool_calls is False else MAX_TOOLS
+        if choice == "auto":
+            if parser is None:
+                raise ValueError(
+                    "tool_choice 'auto' needs a server that was started with --tool-call-parser: "
+                    "'none', 'required' and a function are available"
+                )
+            keeps = parser in MARKED_BY_SPECIAL_TOKENS
+            return ToolUse(PARSERS[parser], most_calls=most_calls, keeps_special_tokens=keeps)
+        if self.form() is not None:
+            raise ValueError(f"tool_choice demands a call, which {self.form_field} excludes")
+        if isinstance(choice, NamedToolChoice):
+            return tools.named_call(self.tools, choice.function.name)
+        return tools.some_call(self.tools, most_calls)
+
+    def params(self, defaults: dict[str, Any], use: ToolUse | None = None) -> SamplingParams:
         """The engine's parameters."""
         wanted = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.sampling_params(defaults, max_tokens=wanted, logprobs=logprobs)
+        form = None if use is None else use.form
+        params = self.sampling_params(defaults, max_tokens=wanted, logprobs=logprobs, form=form)
+        if use is not None and use.keeps_special_tokens:
+            params.skip_special_tokens = False
+        return params
 
 
 class CompletionRequest(SamplingFields):
@@ -386,15 +486,14 @@ class TokenizeChatRequest(TemplateFields):
 
     model: str | None = None
     return_token_strs: bool | None = False
-    tools: Any = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     truncate_prompt_tokens: Any = None
 
     def check_template_fields(self) -> None:
         """Raise `ValueError` for contradictions, and for what is not there."""
         super().check_template_fields()
-        for name in ("tools", "truncate_prompt_tokens"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name} is not available for tokenizing messages")
+        if self.truncate_prompt_tokens is not None:
+            raise ValueError("truncate_prompt_tokens is not available for tokenizing messages")
 
 
 class DetokenizeRequest(RequestModel):

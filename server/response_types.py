@@ -13,6 +13,7 @@ closed = with_config(ConfigDict(extra="forbid"))
 """Decorates the types of objects that hold no other keys."""
 
 Finish = Literal["stop", "length"]
+ChatFinish = Literal["stop", "length", "tool_calls"]
 
 
 @closed
@@ -74,12 +75,30 @@ class ChatLogprobs(TypedDict):
 
 
 @closed
+class CalledFunction(TypedDict):
+    """A function's name, and its arguments as the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+@closed
+class MadeToolCall(TypedDict):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+@closed
 class ChatMessage(TypedDict):
-    """An answer."""
+    """An answer; its content is null where it has calls of tools and no text."""
 
     role: str
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: NotRequired[list[MadeToolCall]]
 
 
 @closed
@@ -89,7 +108,7 @@ class ChatChoice(TypedDict):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Finish
+    finish_reason: ChatFinish
     stop_reason: int | str | None
     token_ids: NotRequired[list[int]]
 
@@ -110,11 +129,30 @@ class ChatCompletion(TypedDict):
 
 
 @closed
+class FunctionDelta(TypedDict):
+    """A call's name, or what comes new of its arguments."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+@closed
+class ToolCallDelta(TypedDict):
+    """What comes new of a call: its id and name first."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
+
+
+@closed
 class ChatDelta(TypedDict):
     """What comes new of an answer."""
 
     role: NotRequired[str]
     content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 @closed
@@ -124,7 +162,7 @@ class ChatChunkChoice(TypedDict):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Finish | None
+    finish_reason: ChatFinish | None
     stop_reason: NotRequired[int | str | None]
     token_ids: NotRequired[list[int]]
 

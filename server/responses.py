@@ -28,7 +28,7 @@ from server.state import ServerState, check_size, read_body, state_of
 router = APIRouter()
 
 _MESSAGES = TypeAdapter(list[Message])
-_FIELDS = {"messages": "input", "max_completion_tokens": "max_output_tokens"}
+_FIELDS = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format"}
 """What a chat calls otherwise."""
 _NOT_SERVED = ("include", "include_obfuscation", "starting_after", "stream")
 """What a response cannot be asked for again with."""
@@ -295,7 +295,7 @@ def _in_our_words() -> Iterator[None]:
     except (ApiError, ValueError) as error:
         told = from_exception(error)
         message = re.sub(
-            r"^(messages|max_completion_tokens)\b|(?<=exceed )max_completion_tokens",
+            r"^(messages|max_completion_tokens|response_format)\b|(?<=exceed )max_completion_tokens",
             lambda found: _FIELDS[found[0]],
             told.message,
         )

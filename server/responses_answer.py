@@ -81,11 +81,10 @@ class Reasoning(TypedDict):
     summary: None
 
 
-@closed
 class TextFormat(TypedDict):
-    """The only one."""
+    """As asked for."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
 
 
 @closed

@@ -166,7 +166,7 @@ class ResponsesRequest(SamplingFields):
             _check("include", name, LOGPROBS)
         if self.text is not None:
             kind = None if self.text.format is None else self.text.format.get("type") or ""
-            _check("text.format", kind, "text")
+            _check("text.format", kind, "text", "json_object", "json_schema")
             _check("text.verbosity", self.text.verbosity, "medium")
         for name, value in (self.reasoning or {}).items():
             _check(f"reasoning.{name[:50]}", value, *(["none"] if name == "effort" else []))
@@ -192,12 +192,22 @@ class ResponsesRequest(SamplingFields):
         turns = joined_turns([*system, *before, *messages])
         shared = SamplingFields.model_fields.keys() - _AROUND_CHAT
         return ChatCompletionRequest(
-            **{name: getattr(self, name) for name in shared},
+            **{name: getattr(self, name) for name in shared - {"response_format"}},
+            response_format=self._response_format(),
             messages=turns,
             max_completion_tokens=self.max_output_tokens,
             logprobs=LOGPROBS in (self.include or []),
             top_logprobs=self.top_logprobs,
         )
+
+    def _response_format(self) -> dict[str, Any] | None:
+        """The form of the answer as a chat has it."""
+        wanted = None if self.text is None else self.text.format
+        if wanted is None:
+            return self.response_format
+        if wanted.get("type") == "json_schema":
+            return {"type": "json_schema", "json_schema": wanted}
+        return wanted
 
     def told_again(self) -> dict[str, Any]:
         """The fields of the response that say what was asked for."""
@@ -214,7 +224,7 @@ class ResponsesRequest(SamplingFields):
             "safety_identifier": self.safety_identifier,
             "service_tier": "default",
             "store": self.is_stored,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (self.text and self.text.format) or {"type": "text"}},
             "tool_choice": self.tool_choice or "auto",
             "tools": [],
             "top_logprobs": self.top_logprobs or 0,

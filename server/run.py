@@ -25,6 +25,7 @@ from engine.log import configure_logging
 from engine.spawn import EngineProcess
 from server.app import create_app
 from server.args import ServerArgs, fail
+from server.grammars import GrammarChecker
 from server.http_protocol import LimitedProtocol
 from server.images import ImagePreparer
 from server.killable import KillableWorker
@@ -129,6 +130,9 @@ def _state(engine: AsyncEngine, args: ServerArgs) -> ServerState:
         metrics=metrics,
         text_pool=ThreadPoolExecutor(2, thread_name_prefix="text"),
         image_pool=image_pool,
+        grammars=GrammarChecker(
+            tokenizer.backend_tokenizer.to_str(), engine.config.vocab_size, engine.config.eos_token_ids
+        ),
         request_templates=KillableWorker(
             make_renderer,
             engine.config,
@@ -196,6 +200,7 @@ async def _listen_and_drain(
         task.cancel()
     await state.media.aclose()
     state.request_templates.kill()
+    state.grammars.kill()
     state.text_pool.shutdown(wait=False, cancel_futures=True)
     state.image_pool.shutdown(wait=False, cancel_futures=True)
     return int(died)

@@ -19,6 +19,7 @@ from engine.input_processor import InputProcessor, PreparedImage
 from engine.sampling_params import SamplingParams
 from server.args import ServerArgs
 from server.errors import ApiError
+from server.grammars import GrammarChecker
 from server.images import ImagePreparer
 from server.killable import KillableWorker
 from server.media import MediaFetcher
@@ -58,6 +59,7 @@ class ServerState:
     text_pool: ThreadPoolExecutor
     """For tokenizers and templates."""
     image_pool: ThreadPoolExecutor
+    grammars: GrammarChecker
     request_templates: KillableWorker
     """For chat templates that clients bring."""
     continuing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_CONTINUED_AT_ONCE))
@@ -116,6 +118,16 @@ class ServerState:
     async def bad_words(self, params: SamplingParams) -> list[list[int]]:
         """Token ids of the bad words, if there are any."""
         return await self.in_text_pool(self.inputs.bad_words, params) if params.bad_words else []
+
+    async def check_form(self, params: SamplingParams, field: str) -> None:
+        """Refuse a form of answers that cannot be had, in the name of the field that asks for it."""
+        if params.structured_outputs is not None:
+            try:
+                source = self.inputs.grammar(params)
+                assert source is not None
+                await self.grammars.check(source)
+            except ValueError as error:
+                raise ValueError(f"{field}: {str(error).removeprefix('structured_outputs: ')}") from None
 
     async def load_images(self, urls: list[str]) -> list[PreparedImage]:
         """Fetch, decode and prepare images, all at once; the first failure ends the others."""

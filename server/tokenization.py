@@ -7,7 +7,7 @@ from pydantic import RootModel
 
 from server.errors import bad_request, blaming
 from server.openapi import describe_post
-from server.prompts import render
+from server.prompts import plain_tools, render
 from server.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
 from server.response_types import Text, Tokens
 from server.state import ServerState, read_body, state_of
@@ -54,7 +54,7 @@ async def _tokens(state: ServerState, body: TokenizeChatRequest | TokenizeTextRe
     if isinstance(body, TokenizeTextRequest):
         return await state.in_text_pool(_text_tokens, state, body)
     state.inputs.check_image_count(len(body.image_urls()))
-    return state.inputs.expand_placeholders(await render(state, body))
+    return state.inputs.expand_placeholders(await render(state, body, plain_tools(body.tools)))
 
 
 def _text_tokens(state: ServerState, body: TokenizeTextRequest) -> list[int]:

@@ -58,10 +58,23 @@ class EngineCore:
         try:
             request = Request(source, self._long_rope_start)
             request.check_images()
+            self.check(source)
             self.scheduler.add(request)
         except (ValueError, AssertionError) as error:
             return [EngineOutput(source.request_id, [], finish_reason="error", error=str(error) or "bad request")]
         return []
+
+    def check(self, source: EngineRequest) -> None:
+        """Compile a request's grammar, if it has one.
+
+        Raises:
+            ValueError: it cannot be.
+        """
+        if source.grammar is not None:
+            try:
+                self.runner.grammars.matcher(source.grammar)
+            except ValueError as error:
+                raise ValueError(f"structured_outputs: {error}") from None
 
     def abort(self, request_ids: list[str]) -> None:
         """Drop requests; unknown names are those that ended by themselves."""

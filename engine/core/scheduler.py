@@ -106,6 +106,11 @@ class Scheduler:
             request = self._requests.get(part.request_id)
             if request is None:
                 continue
+            if request.id in result.failed:
+                self._end(request)
+                error = result.failed[request.id]
+                outputs.append(EngineOutput(request.id, [], finish_reason="error", error=error))
+                continue
             news = result.prompt_logprobs.get(request.id, [])
             request.prompt_logprobs += news[len(request.prompt_logprobs) - part.start :]
             if part.samples:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import psutil
@@ -12,16 +13,19 @@ from torch import Tensor
 from engine.attention import AttentionMetadata, tile_tokens
 from engine.config import EngineConfig
 from engine.errors import ModelLoadError
+from engine.grammar.compiler import GrammarCompiler
+from engine.input_processor import tokenizer_json
 from engine.models.llava import LlavaForConditionalGeneration
 from engine.models.loader import load_model
 from engine.models.rotary import long_context_start
 from engine.step import SchedulerOutput
 from engine.worker.decode_graphs import DecodeGraphs, decode_sizes
+from engine.worker.grammar_masks import GrammarMasks
 from engine.worker.input_batch import InputBatch, StepLayout
 from engine.worker.kv_scales import check_fp8, find_kv_scales
 from engine.worker.layer_caches import block_bytes, make_caches
-from engine.worker.pending import PendingStep, SampledLogprobs
-from engine.worker.sampler import Logprobs, Sampler, gather_logprobs, profile_sampling
+from engine.worker.pending import Logprobs, PendingStep, SampledLogprobs
+from engine.worker.sampler import Sampler, gather_logprobs, profile_sampling
 from engine.worker.step_graphs import StepGraphs, step_sizes
 from engine.worker.timer import DeviceTimer
 from engine.worker.vision import VisionEncoder
@@ -64,7 +68,9 @@ class ModelRunner:
             tile_tokens=self._tile_tokens,
             finds_shared=self._finds_shared,
         )
-        self._sampler = Sampler(self._batch, config.max_num_seqs, config.vocab_size)
+        self.grammars = GrammarCompiler(partial(tokenizer_json, config), config.vocab_size, config.eos_token_ids)
+        self._masks = GrammarMasks(self._batch, self.grammars, config.vocab_size)
+        self._sampler = Sampler(self._batch, config.max_num_seqs, config.vocab_size, self._masks)
         self._vision: VisionEncoder | None = None
         if config.vision is not None:
             assert isinstance(self.model, LlavaForConditionalGeneration)
@@ -198,7 +204,9 @@ class ModelRunner:
             done = torch.cuda.Event()
             done.record()
         names = [part.request_id for part in layout.parts if part.samples]
-        return PendingStep(names, tokens, logprobs, prompt_logprobs, encoding, done)
+        step = PendingStep(names, tokens, logprobs, prompt_logprobs, encoding, done, failed=self._masks.take_failed())
+        self._masks.launched(layout.sample_slots, step)
+        return step
 
     def _prompt_logprobs(self, layout: StepLayout, hidden: Tensor) -> list[tuple[str, int, Tensor, Logprobs]]:
         found = []

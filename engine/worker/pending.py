@@ -7,8 +7,21 @@ from torch import Tensor
 
 from engine.messages import PositionLogprobs
 from engine.step import ModelRunnerOutput
-from engine.worker.sampler import Logprobs
 from engine.worker.timer import DeviceTimer
+
+
+@dataclass(slots=True)
+class Logprobs:
+    """Log probabilities of some rows, still on the device."""
+
+    taken: Tensor
+    """(rows) of the token taken."""
+    rank: Tensor
+    """(rows) its rank, from 1."""
+    top_values: Tensor
+    """(rows, k) the highest, best first."""
+    top_ids: Tensor
+    """(rows, k)."""
 
 
 @dataclass(slots=True)
@@ -34,12 +47,21 @@ class PendingStep:
     """Of the step's images, if it has any."""
     done: Any
     """CUDA event behind the last copy; None on the CPU."""
+    failed: dict[str, str]
+    """Requests that cannot go on, each with the reason."""
+
+    def token(self, place: int) -> int:
+        """Wait for the step and read one token."""
+        if self.done is not None:
+            self.done.synchronize()
+        return int(self.tokens[place])
 
     def result(self) -> ModelRunnerOutput:
         """Wait for the step and read what it brought."""
         if self.done is not None:
             self.done.synchronize()
         output = ModelRunnerOutput(dict(zip(self.request_ids, self.tokens.tolist(), strict=True)))
+        output.failed = self.failed
         output.encoder_seconds = 0.0 if self.encoding is None else self.encoding.seconds
         if self.logprobs is not None:
             wanted = self.logprobs.wanted

@@ -1,15 +1,15 @@
 """From logits to token ids, for a whole batch at once."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.sampling_params import SamplingParams
+from engine.worker.grammar_masks import GrammarMasks
 from engine.worker.input_batch import InputBatch, Slot
 from engine.worker.logits_rules import TokenRules
+from engine.worker.pending import Logprobs
 from engine.worker.random_noise import gumbel_noise, noise_keys
 
 _SOME_ROWS = 64
@@ -19,36 +19,23 @@ _Floats = npt.NDArray[np.float32]
 _Ints = npt.NDArray[np.int64]
 
 
-@dataclass(slots=True)
-class Logprobs:
-    """Log probabilities of some rows, still on the device."""
-
-    taken: Tensor
-    """(rows) of the token taken."""
-    rank: Tensor
-    """(rows) its rank, from 1."""
-    top_values: Tensor
-    """(rows, k) the highest, best first."""
-    top_ids: Tensor
-    """(rows, k)."""
-
-
 class Sampler:
     """Keeps each slot's parameters in arrays, so that a step gathers them without asking each request.
 
-    Order: token rules (allowed ids, bad words, minimum length, bias), penalties, temperature, min_p, top_k, top_p.
-    Greedy rows stop after the penalties.
+    Order: token rules (allowed ids, bad words, minimum length, bias), penalties, grammars, temperature, min_p, top_k,
+    top_p. Greedy rows stop after the grammars.
     """
 
-    def __init__(self, batch: InputBatch, num_slots: int, vocab_size: int) -> None:
+    def __init__(self, batch: InputBatch, num_slots: int, vocab_size: int, grammars: GrammarMasks) -> None:
         self._batch = batch
+        self._grammars = grammars
         self._vocab_size = vocab_size
         self._rules = TokenRules(batch, vocab_size)
         self._greedy = np.ones(num_slots, bool)
         self._temperature, self._top_p, self._min_p = (np.zeros(num_slots, np.float32) for _ in range(3))
         self._top_k, self._seeds, self._logprobs = (np.zeros(num_slots, np.int64) for _ in range(3))
         self._penalties = np.zeros((num_slots, 3), np.float32)
-        self._penalized, self._ruled = np.zeros(num_slots, bool), np.zeros(num_slots, bool)
+        self._penalized, self._ruled, self._formed = (np.zeros(num_slots, bool) for _ in range(3))
         # Made when the first request asks for a penalty.
         self._in_prompt: Tensor | None = None
         self._output_counts: Tensor | None = None
@@ -64,12 +51,14 @@ class Sampler:
         self._penalties[i] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         self._penalized[i] = has_penalty(params)
         self._ruled[i] = self._rules.add(slot)
+        self._formed[i] = self._grammars.add(slot, token_ids)
         if self._penalized[i]:
             self._start_counts(i, token_ids, len(slot.request.prompt_token_ids))
 
     def remove(self, index: int) -> None:
         """Forget a slot's rules."""
         self._rules.remove(index)
+        self._grammars.remove(index)
 
     def logprobs_wanted(self, slots: _Ints) -> _Ints:
         """(rows) How many log probabilities each row wants; -1 for none."""
@@ -77,7 +66,7 @@ class Sampler:
 
     def is_plain(self, slots: _Ints) -> bool:
         """Whether these rows take the likeliest token, no questions asked."""
-        special = self._ruled | self._penalized | ~self._greedy | (self._logprobs >= 0)
+        special = self._ruled | self._formed | self._penalized | ~self._greedy | (self._logprobs >= 0)
         return not special[slots].any()
 
     def sample(self, logits: Tensor, slots: _Ints, positions: _Ints, num_outputs: _Ints) -> Tensor:
@@ -98,6 +87,7 @@ class Sampler:
         penalized = np.flatnonzero(self._penalized[slots])
         for first in range(0, len(penalized), _SOME_ROWS):
             self._penalize(logits, penalized[first : first + _SOME_ROWS], slots)
+        self._grammars.apply(logits, slots)
         tokens = logits.argmax(-1)
         random = np.flatnonzero(~self._greedy[slots])
         for first in range(0, len(random), _SOME_ROWS):

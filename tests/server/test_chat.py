@@ -404,16 +404,7 @@ def test_bad_fields(server: Server, fields: dict[str, Any], param: str, words: t
 
 
 NOT_AVAILABLE: list[tuple[dict[str, Any], str]] = [
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),
     ({"response_format": {}}, "response_format"),
-    ({"structured_outputs": {"regex": "a+"}}, "structured_outputs"),
-    ({"structured_outputs": {}}, "structured_outputs"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-    ({"tool_choice": "required"}, "tool_choice"),
-    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
-    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages"),
-    ({"messages": [user("x"), {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages"),
     ({"store": True}, "store"),
     ({"service_tier": "flex"}, "service_tier"),
     ({"echo": True}, "echo"),

@@ -224,8 +224,6 @@ BAD: list[tuple[dict[str, Any], str, tuple[object, ...]]] = [
     ({"echo": True, "stream": True, "logprobs": 1}, "echo", ("streamed",)),
     ({"suffix": "end"}, "suffix", ("not available",)),
     ({"best_of": 3}, "best_of", (3, "available")),
-    ({"response_format": {"type": "json_object"}}, "response_format", ("not available",)),
-    ({"structured_outputs": {"json": {}}}, "structured_outputs", ("not available",)),
     ({"guided_choice": ["a"]}, "guided_choice", ("not available",)),
     ({"n": 100}, "n", (100, 16)),
 ]

@@ -371,8 +371,6 @@ NOT_AVAILABLE: list[tuple[dict[str, Any], str]] = [
     ({"return_token_ids": True}, "return_token_ids"),
     ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
     ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
-    ({"text": {"format": {"type": "json_object"}}}, "text.format"),
-    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}}, "text.format"),
     ({"text": {"format": {}}}, "text.format"),
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ({"tool_choice": "required"}, "tool_choice"),
@@ -381,8 +379,7 @@ NOT_AVAILABLE: list[tuple[dict[str, Any], str]] = [
     ({"tools": [FUNCTION], "tool_choice": "none"}, "tools"),
     ({"truncation": "auto"}, "truncation"),
     ({"service_tier": "flex"}, "service_tier"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ({"response_format": {"type": "structural_tag"}}, "response_format"),
     ({"guided_json": {"type": "object"}}, "guided_json"),
     ({"functions": [{"name": "f"}]}, "functions"),
 ]

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.grammar.compiler import GrammarCompiler
 from engine.messages import EngineRequest
 from engine.sampling_params import SamplingParams
 from engine.step import NewRequest
 from engine.worker import random_noise
+from engine.worker.grammar_masks import GrammarMasks
 from engine.worker.input_batch import InputBatch, Slot
 from engine.worker.random_noise import gumbel_noise, noise_keys
 from engine.worker.sampler import Sampler, gather_logprobs, keep_top
@@ -112,7 +114,9 @@ class Bench:
 
     def __init__(self, num_slots: int = SLOTS, vocab: int = VOCAB) -> None:
         self.batch = InputBatch(num_slots, 256, 16, torch.device("cpu"), long_start=None)
-        self.sampler = Sampler(self.batch, num_slots, vocab)
+        self.sampler = Sampler(
+            self.batch, num_slots, vocab, GrammarMasks(self.batch, GrammarCompiler(str, vocab, [EOS]), vocab)
+        )
         self._number = 0
 
     def add(self, sequence: Row) -> Slot:

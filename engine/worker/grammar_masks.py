@@ -1,0 +1,113 @@
+"""Which tokens may come next in answers that must have a certain form."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from llguidance import LLExecutor, LLMatcher
+from torch import Tensor
+
+from engine.grammar.compiler import GrammarCompiler
+from engine.worker.input_batch import InputBatch, Slot
+from engine.worker.pending import PendingStep
+
+_MOST_THREADS = 8
+_Ints = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class _Answer:
+    """How far an answer has come."""
+
+    request_id: str
+    matcher: LLMatcher
+    eos_token_ids: frozenset[int]
+    in_flight: tuple[PendingStep, int] | None = None
+    """The launched step that brings the newest token, and its place there."""
+    has_ended: bool = False
+
+    def take(self, token: int) -> None:
+        """Go on by one token. The library is not told of an end: its own account of what follows would be off."""
+        if self.has_ended or token in self.eos_token_ids:
+            self.has_ended = True
+        else:
+            self.matcher.consume_token(token)
+
+
+class GrammarMasks:
+    """Follows the answers of the slots that have a grammar.
+
+    The mask of a step needs the token of the step before it, which is launched but may not be done. The model's part of
+    the step is launched first, so that the host waits for that token, and makes the mask, while the device is at work.
+    """
+
+    def __init__(self, batch: InputBatch, compiler: GrammarCompiler, vocab_size: int) -> None:
+        self._batch = batch
+        self._compiler = compiler
+        self._vocab_size = vocab_size
+        self._executor = LLExecutor(num_threads=min(_MOST_THREADS, os.cpu_count() or 1))
+        self._answers: dict[int, _Answer] = {}
+        self._failed: dict[str, str] = {}
+        self._bits = torch.arange(32, dtype=torch.int32, device=batch.device)
+        # On the device: a number from the host would be copied there by a call that waits for all work before it.
+        self._never = torch.tensor(float("-inf"), device=batch.device)
+
+    def add(self, slot: Slot, token_ids: list[int]) -> bool:
+        """Take over a request's grammar, if it has one; `token_ids` are its prompt and what it has answered so far."""
+        request = slot.request
+        if request.grammar is None:
+            return False
+        answer = _Answer(request.request_id, self._compiler.matcher(request.grammar), frozenset(request.eos_token_ids))
+        for token in token_ids[len(request.prompt_token_ids) :]:
+            answer.take(token)
+        self._answers[slot.index] = answer
+        return True
+
+    def remove(self, index: int) -> None:
+        """Forget a slot's grammar."""
+        self._answers.pop(index, None)
+
+    def apply(self, logits: Tensor, slots: _Ints) -> None:
+        """Forbid what may not come, in place: logits (S, vocabulary) of these slots (S)."""
+        if not self._answers:
+            return
+        rows = [row for row, slot in enumerate(slots.tolist()) if slot in self._answers]
+        if not rows:
+            return
+        answers = [self._answers[int(slots[row])] for row in rows]
+        for answer in answers:
+            if answer.in_flight is not None:
+                step, place = answer.in_flight
+                answer.take(step.token(place))
+                answer.in_flight = None
+        allowed = self._allowed(answers)
+        where = self._batch.upload(np.array(rows, np.int64))
+        logits[where] = torch.where(allowed, logits[where], self._never)
+
+    def launched(self, slots: _Ints, step: PendingStep) -> None:
+        """The tokens of these slots are on their way, in this order."""
+        if not self._answers:
+            return
+        for place, slot in enumerate(slots.tolist()):
+            if slot in self._answers:
+                self._answers[slot].in_flight = step, place
+
+    def take_failed(self) -> dict[str, str]:
+        """Requests whose grammar failed since the last call, each with the reason."""
+        failed, self._failed = self._failed, {}
+        return failed
+
+    def _allowed(self, answers: Sequence[_Answer]) -> Tensor:
+        """(answers, vocabulary) bool, on the device."""
+        words = np.full((len(answers), -(-self._vocab_size // 32)), -1, np.int32)
+        open_rows = [(answer.matcher, row) for row, answer in enumerate(answers) if not answer.has_ended]
+        self._executor.unsafe_compute_mask_ptr(open_rows, words.ctypes.data, words.shape[1] * 4, len(words))
+        for answer in answers:
+            if answer.matcher.is_error() and not answer.has_ended:
+                self._failed[answer.request_id] = "its grammar became too complex"
+        packed = self._batch.upload(words)
+        bits = (packed.unsqueeze(-1) >> self._bits) & 1
+        return bits.flatten(1)[:, : self._vocab_size].bool()

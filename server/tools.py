@@ -1,0 +1,186 @@
+"""Tools that a client offers: which of them are to be called, and how an answer tells their calls."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+from uuid import uuid4
+
+from pydantic import BaseModel, Field
+
+from engine.grammar.structured_outputs import StructuredOutputs
+from server.tool_parsers import JsonCalls, NamedCall, Piece, ToolParser
+
+MAX_TOOLS = 128
+_ANYTHING: dict[str, Any] = {"type": "object"}
+
+
+class ToolModel(BaseModel):
+    """As `server.protocol.RequestModel`, which has to know these."""
+
+    model_config = {"strict": True, "extra": "ignore", "allow_inf_nan": False}
+
+
+class FunctionDefinition(ToolModel):
+    """What may be called."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(ToolModel):
+    """A function; there are no other tools."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(ToolModel):
+    """Names a function."""
+
+    name: str
+
+
+class NamedToolChoice(ToolModel):
+    """The one function that is to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class FunctionCall(ToolModel):
+    """A call's name, and its arguments as the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(ToolModel):
+    """A call that an earlier answer made."""
+
+    id: str | None = None
+    type: Literal["function"] | None = "function"
+    function: FunctionCall
+
+
+Choice = Literal["none", "auto", "required"] | NamedToolChoice
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """How one request's tools are used.
+
+    Args:
+        make_parser: takes an answer apart; called for each answer.
+        form: that an answer has, where a call is demanded.
+        most_calls: of an answer.
+        keeps_special_tokens: whether they must stay in the text for the parser to see.
+    """
+
+    make_parser: Callable[[], ToolParser]
+    form: StructuredOutputs | None = None
+    most_calls: int = MAX_TOOLS
+    keeps_special_tokens: bool = False
+
+
+class ToolReader:
+    """Takes one answer apart, into what OpenAI's streams tell of a message."""
+
+    def __init__(self, use: ToolUse) -> None:
+        self._parser = use.make_parser()
+        self._most_calls = use.most_calls
+        self._blank = ""
+        """White space that is told only if text follows, or if there is no call."""
+        self.num_calls = 0
+
+    def feed(self, text: str, *, is_last: bool) -> list[dict[str, Any]]:
+        """The deltas that the next text brings."""
+        pieces = self._parser.feed(text)
+        if is_last:
+            pieces += self._parser.finish()
+        deltas = [delta for piece in pieces for delta in self._deltas(piece)]
+        if is_last and self._blank and not self.num_calls:
+            deltas.append({"content": self._blank})
+        return deltas
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """OpenAI's, for the engine's."""
+        return "tool_calls" if reason == "stop" and self.num_calls else reason
+
+    def _deltas(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        if isinstance(piece, str):
+            self._blank += piece
+            if self._blank.strip():
+                content, self._blank = self._blank, ""
+                yield {"content": content}
+        elif piece.index < self._most_calls:
+            call: dict[str, Any] = {"index": piece.index, "function": {"arguments": piece.arguments}}
+            if piece.name is not None:
+                self.num_calls = piece.index + 1
+                call = {"index": piece.index, "id": f"call_{uuid4().hex}", "type": "function",
+                        "function": {"name": piece.name, "arguments": piece.arguments}}  # fmt: skip
+            yield {"tool_calls": [call]}
+
+
+def joined(deltas: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The `content` and, if there are any, `tool_calls` of the message that the deltas make up."""
+    content: str | None = None
+    calls: list[dict[str, Any]] = []
+    for delta in deltas:
+        if "content" in delta:
+            content = (content or "") + delta["content"]
+        for call in delta.get("tool_calls", []):
+            if "id" in call:
+                calls.append({"id": call["id"], "type": "function", "function": dict(call["function"])})
+            else:
+                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+    return {"content": content, "tool_calls": calls} if calls else {"content": content or ""}
+
+
+def named_call(tools: list[Tool], name: str) -> ToolUse:
+    """Call this one.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    for tool in tools:
+        if tool.function.name == name:
+            return ToolUse(lambda: NamedCall(name), StructuredOutputs(json=_parameters(tool)))
+    raise ValueError(f"tool_choice names the function {name[:100]!r}, which is not among the tools")
+
+
+def some_call(tools: list[Tool], most_calls: int) -> ToolUse:
+    """Call at least one, in a list of objects that the answer is."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool.function.name}, "parameters": _parameters(tool)},
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    schema = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": most_calls}
+    definitions = _definitions(tools)
+    return ToolUse(JsonCalls, StructuredOutputs(json={**schema, **definitions}), most_calls)
+
+
+def _parameters(tool: Tool) -> dict[str, Any]:
+    given = tool.function.parameters
+    return {**_ANYTHING, **given} if given else {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def _definitions(tools: list[Tool]) -> dict[str, Any]:
+    """What the tools' schemas refer to at their roots, which lie deeper in the whole.
+
+    Raises:
+        ValueError: two of them mean different things by one name.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for tool in tools:
+        for place in ("$defs", "definitions"):
+            for name, schema in ((tool.function.parameters or {}).get(place) or {}).items():
+                if found.setdefault(place, {}).setdefault(name, schema) != schema:
+                    raise ValueError(f"tools: two functions define {place}/{name} differently")
+    return dict(found)
