@@ -84,7 +84,7 @@ async def _start(state: ServerState, body: ResponsesRequest, owner: bytes, arriv
         if body.previous_response_id is not None:
             await stack.enter_async_context(state.continuing)
         before = await _before(state, body, owner, shown)
-        with _in_our_words():
+        with _in_our_words(body):
             chat_body = await state.in_text_pool(body.chat, before, messages)
             chat = await start_chat(state, chat_body, arrived)
     params = chat_body.params(state.config.sampling_defaults)
@@ -288,16 +288,15 @@ def _missing(status: int, param: str, name: str, *, code: str | None = None) -> 
 
 
 @contextmanager
-def _in_our_words() -> Iterator[None]:
+def _in_our_words(body: ResponsesRequest) -> Iterator[None]:
     """Errors of the chat name the fields that the client gave."""
     try:
         yield
     except (ApiError, ValueError) as error:
         told = from_exception(error)
-        message = re.sub(
-            r"^(messages|max_completion_tokens|response_format)\b|(?<=exceed )max_completion_tokens",
-            lambda found: _FIELDS[found[0]],
-            told.message,
-        )
-        param = _FIELDS.get(told.param or "", told.param)
+        given = {name for name in _FIELDS if name in body.model_fields_set}
+        names = {ours: theirs for ours, theirs in _FIELDS.items() if ours not in given}
+        pattern = rf"^({'|'.join(names)})\b|(?<=exceed )max_completion_tokens"
+        message = re.sub(pattern, lambda found: names[found[0]], told.message)
+        param = names.get(told.param or "", told.param)
         raise ApiError(told.status, message, param=param, code=told.code, headers=told.headers) from error
