@@ -24,6 +24,7 @@ from engine.log import configure_logging
 from engine.spawn import EngineProcess
 from server.app import create_app
 from server.args import ServerArgs, fail
+from server.connection import Connection
 from server.images import ImagePreparer
 from server.media import MediaFetcher, MediaLimits
 from server.metrics import Metrics
@@ -147,6 +148,7 @@ async def _listen_and_drain(
     server = _Server(
         uvicorn.Config(
             create_app(state),
+            http=Connection,
             log_config=None,
             log_level=args.log_level,
             access_log=not args.disable_log_requests,
