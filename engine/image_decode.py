@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from engine.image_structure import MOST_EXIF_BYTES, is_too_intricate
+from engine.image_structure import MOST_EXIF_BYTES, is_too_intricate, num_scans
 
 # libtiff writes a line to stderr for each row that is damaged, which would fill a log; PIL has no switch for that.
 with contextlib.suppress(OSError, AttributeError):  # builds without libtiff, or with one inside that cannot be reached
@@ -37,7 +37,6 @@ class ImageError(ValueError):
 
 _NOT_DECODED = "the image could not be decoded"
 _EXIF_ORIENTATION = 0x0112
-_JPEG_SCAN = b"\xff\xda"
 _MOST_SCANS = 64
 """Of a progressive JPEG, which has about ten. Each is decoded over the whole picture, however few bytes it has."""
 _MOST_RUN_LENGTH_PIXELS = 1 << 22
@@ -103,7 +102,7 @@ def _open(data: bytes) -> ImageFile:
         raise ImageError("the image file consists of too many parts")
     stream = io.BytesIO(data)
     if data.startswith(b"\xff\xd8\xff"):
-        if data.count(_JPEG_SCAN) > _MOST_SCANS:
+        if num_scans(data, _MOST_SCANS) > _MOST_SCANS:
             raise ImageError("the image has too many scans")
         return JpegImageFile(stream)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):

@@ -4,6 +4,7 @@ It does so in Python, some of it in quadratic time: a file of a few megabytes th
 keep it busy for minutes. What stands here walks as PIL walks, lest a file show the two of them different pieces.
 """
 
+import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,6 +17,8 @@ _MOST_TABLE_BYTES = 1 << 16
 MOST_EXIF_BYTES = 1 << 20
 _MOST_PIECES = 1 << 16
 """Of any other file: PNG's chunks, GIF's blocks before the first picture, numbers of one entry of a TIFF."""
+_JPEG_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
+"""Such as begin a segment, or end the image; what has no length is left out."""
 _TIFF_BYTES = (1, 2, 7)
 """Types of entries that PIL keeps as they are, rather than number for number."""
 
@@ -23,6 +26,23 @@ _TIFF_BYTES = (1, 2, 7)
 def is_too_intricate(data: bytes) -> bool:
     """Whether reading a file's structure would take longer than any picture deserves; False for unknown formats."""
     return any(data.startswith(magic) and check(data) for magic, check in _CHECKS)
+
+
+def num_scans(data: bytes, most: int) -> int:
+    """How often a JPEG's decoder goes over the picture; a number above `most` where that is more, or hard to tell.
+
+    Counted up to the image's end: videos that cameras put behind it hold any bytes, and these among them.
+    """
+    at, scans = 2, 0
+    for _ in range(_MOST_PIECES):
+        found = _JPEG_MARKER.search(data, at)
+        if found is None or found[0] == b"\xff\xd9":
+            return scans
+        scans += found[0] == b"\xff\xda"
+        if scans > most:
+            break
+        at = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2], "big"))
+    return most + 1
 
 
 def _jpeg(data: bytes) -> bool:

@@ -108,6 +108,20 @@ def test_files_of_many_parts(data: bytes) -> None:
     assert time.process_time() - started < 2
 
 
+def test_scans_are_counted_up_to_the_end_of_the_image() -> None:
+    """Behind which cameras put a video, where their marker comes by chance."""
+    whole = encoded(PICTURE, "JPEG", progressive=True)
+    video = np.random.default_rng(1).bytes(100_000) + b"\xff\xda" * 500
+    assert decode_image(whole + video, max_pixels=LIMIT).size == PICTURE.size
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    for between in (b"", b"\xff\xd0", segment(0xFE, b"\xff\xd9"), segment(0xFE, b"x") * 500, b"\xff" * 9):
+        bomb = whole[:-2] + (between + scan) * 100 + b"\xff\xd9"
+        with pytest.raises(ImageError, match="too many scans"):
+            decode_image(bomb, max_pixels=LIMIT)
+    with pytest.raises(ImageError, match="too many scans"):
+        decode_image(whole[:-2] + segment(0xFE, b"") * MANY + b"\xff\xd9", max_pixels=LIMIT)
+
+
 @pytest.mark.parametrize("size", [(2049, 2048), (1_000_000, 9)])
 @pytest.mark.parametrize("compression", [1, 2])
 def test_run_lengths_are_limited(size: tuple[int, int], compression: int) -> None:

@@ -25,6 +25,7 @@ SAME = ("minimum", "log probabilities")
 # Each would change what comes after it, if any of it stayed.
 EARLIER: list[dict[str, Any]] = [
     {"temperature": 3, "seed": 9, "top_k": 3, "top_p": 0.5, "min_p": 0.3, "logprobs": 5},
+    {"temperature": 1, "seed": 1, "top_k": 600, "top_p": 1.0},
     {"repetition_penalty": 50, "presence_penalty": 2, "frequency_penalty": 2},
     {"logit_bias": dict.fromkeys(range(300, 340), 100), "repetition_penalty": 0.1},
     {"allowed_token_ids": [301, 302], "frequency_penalty": -2},
