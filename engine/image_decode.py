@@ -6,12 +6,15 @@ an ``ImageError`` whose text may be shown to a client.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, _imaging
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
@@ -20,6 +23,13 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from engine.image_structure import MOST_EXIF_BYTES, is_too_intricate, num_scans
+
+# libtiff writes a line to stderr for each row that is damaged, which would fill a log; PIL has no switch for that.
+with contextlib.suppress(OSError, AttributeError):  # builds without libtiff, or with one inside that cannot be reached
+    for _name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        getattr(ctypes.CDLL(_imaging.__file__), _name)(None)
+
 
 class ImageError(ValueError):
     """An image that cannot be used; the message is fit for a client."""
@@ -27,9 +37,14 @@ class ImageError(ValueError):
 
 _NOT_DECODED = "the image could not be decoded"
 _EXIF_ORIENTATION = 0x0112
-_JPEG_SCAN = b"\xff\xda"
 _MOST_SCANS = 64
 """Of a progressive JPEG, which has about ten. Each is decoded over the whole picture, however few bytes it has."""
+_MOST_RUN_LENGTH_PIXELS = 1 << 22
+"""Of a BMP in run-length encoding, which PIL decodes pixel by pixel in Python, however few bytes they have."""
+_LONGEST_SIDE = 1 << 20
+"""PIL has a pointer for each row, which for a picture one pixel wide take more memory than the pixels."""
+_BAND_PIXELS = 1 << 20
+"""Greys of more than 8 bits are scaled so many at a time: as float64 a whole picture might not fit into memory."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -57,7 +72,8 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
     except Exception:  # PIL's decoders raise almost anything on damaged input
         raise ImageError(_NOT_DECODED) from None
     with image:
-        _check_pixels(image.size, max_pixels)
+        is_run_length = any(tile.codec_name == "bmp_rle" for tile in image.tile)
+        _check_pixels(image.size, min(max_pixels, _MOST_RUN_LENGTH_PIXELS) if is_run_length else max_pixels)
         try:
             image.load()
             # Asked for after loading: PIL turns TIFF images by itself then, and forgets their orientation.
@@ -82,9 +98,11 @@ def _open(data: bytes) -> ImageFile:
     ``Image.open(formats=...)`` would do the same but warns or fails by a process-wide pixel limit of its own, and
     hands JPEG files that hold several frames to yet another plugin.
     """
+    if is_too_intricate(data):
+        raise ImageError("the image file consists of too many parts")
     stream = io.BytesIO(data)
     if data.startswith(b"\xff\xd8\xff"):
-        if data.count(_JPEG_SCAN) > _MOST_SCANS:
+        if num_scans(data, _MOST_SCANS) > _MOST_SCANS:
             raise ImageError("the image has too many scans")
         return JpegImageFile(stream)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -111,9 +129,13 @@ def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
         raise ImageError(f"the image is {width}x{height} pixels, the limit is {max_pixels} pixels")
+    if max(width, height) > _LONGEST_SIDE:
+        raise ImageError(f"the image is {width}x{height} pixels, the limit of a side is {_LONGEST_SIDE} pixels")
 
 
 def _orientation(image: Image.Image) -> int:
+    if len(image.info.get("exif", b"")) > MOST_EXIF_BYTES:
+        return 1  # its numbers would become objects one by one
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # broken metadata does not make the picture unusable
@@ -146,20 +168,35 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 def _grey_to_rgb(image: Image.Image) -> Image.Image:
     """Scale greys of more than 8 bits to 8; PIL's own conversion clips them to white."""
-    values: npt.NDArray[Any] = np.asarray(image)
     transparent = image.info.get("transparency")
-    if image.mode.startswith("I;16"):
-        grey = (values.astype(np.uint32) + 128) // 257
-    else:
-        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-        grey = np.rint(values.clip(0).astype(np.float64) * (255 / _full_scale(values, image.mode)))
-    if isinstance(transparent, int):
-        grey = np.where(values == transparent, 255, grey)
-    return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    has_16_bits = image.mode.startswith("I;16")
+    white = 0.0 if has_16_bits else _full_scale(image)
+    greys = Image.new("L", image.size)
+    for top, values in _bands(image):
+        if has_16_bits:
+            scaled: npt.NDArray[Any] = (values.astype(np.uint32) + 128) // 257
+        else:
+            scaled = np.rint(_positive(values).astype(np.float64) * (255 / white))
+        if isinstance(transparent, int):
+            scaled = np.where(values == transparent, 255, scaled)
+        greys.paste(Image.fromarray(scaled.clip(0, 255).astype(np.uint8)), (0, top))
+    return greys.convert("RGB")
 
 
-def _full_scale(values: npt.NDArray[Any], mode: str) -> float:
+def _bands(image: Image.Image) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """The pixels in bands of rows, each with the number of its first row."""
+    rows = max(1, _BAND_PIXELS // max(1, image.width))
+    for top in range(0, image.height, rows):
+        yield top, np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+
+
+def _positive(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    finite: npt.NDArray[Any] = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    return finite.clip(0)
+
+
+def _full_scale(image: Image.Image) -> float:
     """The white level of greys that do not carry one: the smallest usual level that holds the brightest pixel."""
-    brightest = float(values.max(initial=0))
-    levels = (1.0, 255.0, 65535.0) if mode == "F" else (255.0, 65535.0, float(2**31 - 1))
+    brightest = max((float(_positive(values).max(initial=0)) for _, values in _bands(image)), default=0.0)
+    levels = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0, float(2**31 - 1))
     return next((level for level in levels if brightest <= level), brightest)

@@ -9,8 +9,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.errors import ApiError
 
-_HEAD_BYTES = 64 << 10
-"""Of the request line and all headers."""
+HEAD_BYTES = 64 << 10
+"""Of the request line and all headers, or of what comes behind a body."""
 _GRACE_SECONDS = 20.0
 _LEAST_BYTES_PER_SECOND = 4096
 """A request has so long to come in, and longer by its size at this speed. Slower clients hold connections, no more."""
@@ -21,8 +21,10 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._in_head = False
-        self._head_bytes = 0
+        self._since_body = 0
+        """Bytes that came since the last one of a body: the parser keeps a header that does not end, and joins its
+        pieces in quadratic time.
+        """
         self._request_bytes = 0
         self._began = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -41,37 +43,25 @@ class LimitedProtocol(HttpToolsProtocol):
         """Count, and parse."""
         if self._timer is None and (self.cycle is None or self.cycle.response_complete):
             self._begin()
-        begins_in_head = self._in_head or self._request_bytes == 0
         self._request_bytes += len(data)
+        self._since_body += len(data)
         super().data_received(data)
-        if begins_in_head and self._in_head:  # the parser keeps a header that does not end, and tells nothing of it
-            self._head_bytes += len(data)
-            self._check_head()
-
-    def on_message_begin(self) -> None:
-        """A request's first byte."""
-        self._in_head, self._head_bytes = True, 0
-        super().on_message_begin()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """One header is complete."""
-        self._head_bytes += len(name) + len(value)
-        super().on_header(name, value)
+        self._check_head(self._since_body)
 
     def on_headers_complete(self) -> None:
         """The head is complete; it starts the application unless it is too large."""
-        self._head_bytes += len(self.url)
-        self._in_head = False
-        if self._check_head():
+        if self._check_head(len(self.url) + sum(len(name) + len(value) for name, value in self.headers)):
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
+        self._since_body = 0
         if not self.transport.is_closing():
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The request is complete."""
+        self._since_body = 0
         self._stop_timer()
         if not self.transport.is_closing():
             super().on_message_complete()
@@ -103,9 +93,9 @@ class LimitedProtocol(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    def _check_head(self) -> bool:
-        if self._head_bytes > _HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(431, f"the request's line and headers are larger than the limit of {_HEAD_BYTES} bytes")
+    def _check_head(self, size: int) -> bool:
+        if size > HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(431, f"the request's line and headers are larger than the limit of {HEAD_BYTES} bytes")
         return not self.transport.is_closing()
 
     def _refuse(self, status: int, message: str) -> None:
