@@ -38,9 +38,9 @@ def create_app(state: ServerState) -> FastAPI:
         title="Vision-language model server",
         description=ABOUT,
         version=program_version(),
-        root_path=state.args.root_path,
         redirect_slashes=False,  # a redirect would repeat the Host that a client names
     )
+    app.root_path = state.args.root_path  # as an argument it is deprecated: uvicorn's own would change the paths
     app.needs_key = bool(state.args.api_key)
     app.state.server = state
     for routes in (router, chat.router, completions.router, responses.router, messages.router, tokenization.router):
