@@ -1,8 +1,11 @@
 """Preparing images, and not doing it twice."""
 
+import asyncio
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -10,6 +13,7 @@ from PIL import Image
 from engine.image_decode import ImageError
 from engine.input_processor import PreparedImage
 from server.images import ImagePreparer
+from server.state import ServerState
 
 SIZE = 1000
 """Bytes of each prepared image."""
@@ -66,3 +70,29 @@ async def test_failures_are_not_remembered(executor: Executor) -> None:
             await preparer.prepare(b"no image")
     assert not preparer.seen
     assert not preparer.times
+
+
+async def test_one_request_leaves_room_for_others() -> None:
+    """However many images it has, some are loaded at a time, in order."""
+    now, most = 0, 0
+
+    async def prepare(data: str) -> str:
+        nonlocal now, most
+        now, most = now + 1, max(most, now + 1)
+        await asyncio.sleep(0.001)
+        now -= 1
+        return data
+
+    async def fetch(url: str) -> str:
+        return url
+
+    state: Any = SimpleNamespace(
+        inputs=SimpleNamespace(check_image_count=lambda count: None),
+        config=SimpleNamespace(vision=None),
+        images=SimpleNamespace(prepare=prepare),
+        media=SimpleNamespace(fetch=fetch),
+    )
+    urls = [f"{number}" for number in range(50)]
+    loaded: Any = await ServerState.load_images(state, urls)
+    assert loaded == urls
+    assert 1 < most <= 8
