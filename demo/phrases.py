@@ -6,21 +6,7 @@ from random import Random
 
 from demo.world import NUMBERS, Scene, Shape
 
-TOPICS = (
-    "color",
-    "kind",
-    "place",
-    "size",
-    "count",
-    "yes/no",
-    "compare",
-    "read",
-    "chart",
-    "describe",
-    "json",
-    "honest",
-    "talk",
-)
+TOPICS = ("color", "kind", "place", "size", "count", "yes/no", "compare", "read", "chart", "describe", "honest", "talk")
 
 
 @dataclass(frozen=True, slots=True)
