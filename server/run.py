@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,7 +66,6 @@ def run(engine_args: EngineArgs, args: ServerArgs, process: EngineProcess) -> No
     process.kill_if_idle()
     # Not SystemExit: it would wait for worker threads, which an image may keep busy for long.
     logging.shutdown()
-    sys.stdout.flush()
     os._exit(status)
 
 
@@ -186,7 +184,7 @@ async def _listen_and_drain(
         if serving.done():
             raise ModelLoadError(f"cannot listen on {_url(args, listener)}: {one_line(_failure(serving))}")
         await asyncio.sleep(0.01)
-    print(f"Serving {', '.join(state.config.served_names)} at {_url(args, listener)}", flush=True)
+    _say(f"Serving {', '.join(state.config.served_names)} at {_url(args, listener)}")
     stopping, dying = asyncio.create_task(stop.wait()), asyncio.create_task(state.engine.dead.wait())
     await asyncio.wait((stopping, dying, serving), return_when=asyncio.FIRST_COMPLETED)
     died = state.engine.dead.is_set()
@@ -218,6 +216,14 @@ async def _drain(state: ServerState, hurry: asyncio.Event) -> None:
         for wait in waits:
             wait.cancel()
     state.engine.fail_all("the server is shutting down")
+
+
+def _say(line: str) -> None:
+    """Print; a full disk or a reader that is gone is no reason not to serve."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        logger.warning("standard output cannot be written: %s", error.strerror)
 
 
 def _failure(task: "asyncio.Task[None]") -> BaseException:
