@@ -65,6 +65,11 @@ class Client:
         """A case's answer, in one piece."""
         return _text(CHAT, await self._post(CHAT, case.body(CHAT, self._chance)))
 
+    async def show(self) -> None:
+        """A picture that never came before."""
+        parts = [{"type": "image_url", "image_url": {"url": data_url(noise(self._chance))}}]
+        await self._post(CHAT, {"messages": [{"role": "user", "content": parts}], "max_tokens": 1})
+
     async def _ask(self) -> None:
         case = self._chance.choice(self._cases)
         body = case.body(CHAT, self._chance) | self._chance.choice(

@@ -29,7 +29,7 @@ from tests.soak.watch import Prober, Probes, Sample, Watcher
 
 FLAGS = ("--dtype", "float32", "--device", "cpu", "--kv-cache-memory-bytes", str(256 << 20), "--disable-log-requests")
 _MOST_GROWTH = 2 << 20
-"""Bytes a minute behind the first third of the time: what fills caches comes before."""
+"""Bytes a minute behind the first third of the time."""
 _MORE_FDS = 4
 _MORE_THREADS = 8 + 3 * (os.cpu_count() or 4)
 """Pools start their threads when they are first needed."""
@@ -49,6 +49,8 @@ class Settings:
     clients: int
     cases: int
     seed: int
+    pictures: int = 0
+    """Shown beforehand, to fill caches."""
     interval_s: float = 5.0
     """Between two looks at the processes."""
 
@@ -58,6 +60,7 @@ async def soak(settings: Settings) -> list[str]:
     tally = Tally()
     cases = make_cases(settings.cases, settings.seed)
     await _learn(settings, cases)
+    await _fill(settings, cases)
     watcher = Watcher(_processes(settings.pid), settings.interval_s)
     before = watcher.look()
     prober = Prober(settings.base_url)
@@ -85,6 +88,13 @@ async def _learn(settings: Settings, cases: list[Case]) -> None:
     async with teacher:
         for case in tqdm(cases, "Alone", unit="answer", file=sys.stdout, mininterval=1):
             case.answer = await teacher.answer(case)
+
+
+async def _fill(settings: Settings, cases: list[Case]) -> None:
+    """Show as many pictures as the server remembers, so that what grows behind that is a leak."""
+    async with Client(settings.base_url, cases, settings.seed, Tally()) as client:
+        for _ in tqdm(range(settings.pictures), "Filling", unit="picture", file=sys.stdout, mininterval=1):
+            await client.show()
 
 
 async def _work(settings: Settings, cases: list[Case], tally: Tally) -> None:
@@ -119,7 +129,7 @@ def _growth(watcher: Watcher, before: dict[str, Sample], seconds: float) -> list
             found.append(f"{name}: {before[name].fds} descriptors before, {after.fds} after")
         if after.threads > before[name].threads + _MORE_THREADS:
             found.append(f"{name}: {before[name].threads} threads before, {after.threads} after")
-    if seconds >= 300:  # in less time the caches do not fill
+    if seconds >= 300:  # in less time chance decides
         found += [
             f"{name} grows by {slope / 2**20:.1f} MiB a minute"
             for name, slope, _, _ in watcher.slopes()
@@ -160,13 +170,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--cases", type=int, default=40, help="questions whose answers are compared")
+    parser.add_argument("--pictures", type=int, default=600, help="pictures shown beforehand, which fill caches")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--base-url", help="default: a server of the demo model is started")
     parser.add_argument("--pid", type=int, help="of the server at --base-url, so that its memory is watched")
     args = parser.parse_args()
 
     def run(base_url: str, pid: int | None) -> list[str]:
-        settings = Settings(base_url, pid, args.seconds, args.clients, args.cases, args.seed)
+        settings = Settings(base_url, pid, args.seconds, args.clients, args.cases, args.seed, args.pictures)
         return asyncio.run(soak(settings))
 
     if args.base_url is not None:
