@@ -38,6 +38,9 @@ PLACES: dict[str, Place] = {
     "result": lambda core: (PendingStep, "result"),
     "update": lambda core: (core.scheduler, "_take_token"),
 }
+OPTIONS: list[dict[str, Any]] = [
+    {}, {"logprobs": 2}, {"logit_bias": {7: 1.0}}, {"prompt_logprobs": 1}, {"repetition_penalty": 1.1},
+]  # fmt: skip
 ERRORS = [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "the GPU ran out of memory"),
     (RuntimeError("CUDA error: an illegal instruction"), "the engine failed in this step"),
@@ -150,10 +153,7 @@ def bench(checkpoint: MakeCheckpoint) -> Bench:
         pixels = [random_.integers(0, 256, (40, 40, 3), np.uint8) for _ in range(number % 3)]
         images = [bench.inputs.prepare_image(Image.fromarray(array)) for array in pixels]
         text = "USER: " + "<image>\n" * len(images) + f"What is number {number}? " * (1 + number % 4) + "ASSISTANT:"
-        options: dict[str, Any] = [
-            {}, {"logprobs": 2}, {"logit_bias": {7: 1.0}}, {"prompt_logprobs": 1}, {"repetition_penalty": 1.1},
-        ][number % 5]  # fmt: skip
-        params = SamplingParams(temperature=0, max_tokens=4 + number // 2, **options)
+        params = SamplingParams(temperature=0, max_tokens=4 + number // 2, **OPTIONS[number % len(OPTIONS)])
         bench.prompts.append((bench.inputs.process(bench.inputs.encode(text), images), params))
     for number in range(len(bench.prompts)):
         name = bench.add(number)

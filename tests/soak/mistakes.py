@@ -31,11 +31,13 @@ _URLS = [
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAAB",
 ]  # fmt: skip
 
+_BODIES: list[Any] = [b"", b"{", b"[]", b"\xff\xfe", b'{"messages": ' + b"[" * 5000, {}]
+
 MISTAKES: list[Mistake] = [
     *((400, "POST", CHAT, {"messages": _HELLO, **fields}, JSON) for fields in _FIELDS),
     *((400, "POST", CHAT, _picture(url), JSON) for url in _URLS),
     *((400, "POST", path, body, JSON) for path in (CHAT, COMPLETIONS, RESPONSES, MESSAGES)
-      for body in (b"", b"{", b"[]", b"\xff\xfe", b'{"messages": ' + b"[" * 5000, {})),
+      for body in _BODIES),
     *((404, "POST", path, {"model": "absent", "messages": _HELLO, "input": "x", "prompt": "x", "max_tokens": 1}, JSON)
       for path in (CHAT, COMPLETIONS, RESPONSES)),
     (400, "POST", COMPLETIONS, {"prompt": [1 << 30]}, JSON),
