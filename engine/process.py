@@ -7,6 +7,7 @@ import os
 import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -36,7 +37,7 @@ _Inbox = queue.SimpleQueue[tuple[bytes, Any]]
 def run_engine(config: EngineConfig, inbox_address: str, outbox_address: str, log_level: str) -> None:
     """Serve until told to stop, or until the parent is gone."""
     configure_logging(log_level)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=_die_with_parent, args=([inbox_address, outbox_address],), daemon=True).start()
     context = zmq.Context()
     outbox = context.socket(zmq.PUSH)
     outbox.connect(outbox_address)
@@ -136,6 +137,15 @@ def _receive_until_stop(inbox: zmq.Socket[bytes], received: _Inbox, core: Engine
 
 
 def _send(outbox: zmq.Socket[bytes], to_send: "queue.SimpleQueue[EngineOutputs | None]") -> None:
+    """Send what is in the queue. If that fails nobody would hear of anything any more, so the process ends."""
+    try:
+        _send_until_stop(outbox, to_send)
+    except Exception:
+        logger.exception("outputs can no longer be sent")
+        os._exit(1)
+
+
+def _send_until_stop(outbox: zmq.Socket[bytes], to_send: "queue.SimpleQueue[EngineOutputs | None]") -> None:
     encoder = msgspec.msgpack.Encoder()
     while True:
         try:
@@ -148,8 +158,18 @@ def _send(outbox: zmq.Socket[bytes], to_send: "queue.SimpleQueue[EngineOutputs |
         outbox.send_multipart([OUTPUTS, encoder.encode(outputs)])
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(addresses: list[str]) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        _remove_sockets(addresses)
         os._exit(1)
+
+
+def _remove_sockets(addresses: list[str]) -> None:
+    """And the folder that was made for them: the parent was killed, or it would have done so."""
+    sockets = [Path(address.removeprefix("ipc://")) for address in addresses]
+    with contextlib.suppress(OSError):
+        for socket in sockets:
+            socket.unlink(missing_ok=True)
+        sockets[0].parent.rmdir()

@@ -14,6 +14,7 @@ from server.args import parse_args
 
 def main() -> None:
     """Serve until told to stop; the exit status is 0 unless the engine died."""
+    _open_standard_streams()
     engine_args, args = parse_args(sys.argv[1:])
     begun: list[EngineProcess] = []
     told_to_leave = False
@@ -37,6 +38,16 @@ def main() -> None:
         run(engine_args, args, begun[0])
     finally:
         begun[0].kill_if_idle()
+
+
+def _open_standard_streams() -> None:
+    """Where one is closed, a socket would get its number, and what a library prints would go to a client."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.set_inheritable(number, True)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ import os
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -67,7 +67,6 @@ def run(engine_args: EngineArgs, args: ServerArgs, process: EngineProcess) -> No
     process.kill_if_idle()
     # Not SystemExit: it would wait for worker threads, which an image may keep busy for long.
     logging.shutdown()
-    sys.stdout.flush()
     os._exit(status)
 
 
@@ -147,19 +146,35 @@ def _listen(args: ServerArgs) -> socket.socket:
     """Claim the address before the model is loaded, so that a port which is taken is told at once."""
     try:
         if args.uds is not None:
-            listener = socket.socket(socket.AF_UNIX)
-            if Path(args.uds).is_socket():
-                Path(args.uds).unlink()
-            listener.bind(args.uds)
-        else:
-            family, *_, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
-            listener = socket.socket(family)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
+            _remove_if_unused(Path(args.uds))
+            return _bound(socket.AF_UNIX, args.uds)
+        family, *_, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+        return _bound(family, address)
     except OSError as error:
         place = args.uds or f"{args.host}:{args.port}"
         raise ModelLoadError(f"cannot listen on {place}: {error.strerror or error}") from error
+
+
+def _bound(family: int, address: Any) -> socket.socket:
+    listener = socket.socket(family)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
     return listener
+
+
+def _remove_if_unused(path: Path) -> None:
+    """A socket that a server left behind goes; one that answers, and a file, stays, so that binding fails."""
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1)
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
 
 
 async def _listen_and_drain(
@@ -186,14 +201,14 @@ async def _listen_and_drain(
         if serving.done():
             raise ModelLoadError(f"cannot listen on {_url(args, listener)}: {one_line(_failure(serving))}")
         await asyncio.sleep(0.01)
-    print(f"Serving {', '.join(state.config.served_names)} at {_url(args, listener)}", flush=True)
+    _say(f"Serving {', '.join(state.config.served_names)} at {_url(args, listener)}")
     stopping, dying = asyncio.create_task(stop.wait()), asyncio.create_task(state.engine.dead.wait())
     await asyncio.wait((stopping, dying, serving), return_when=asyncio.FIRST_COMPLETED)
-    died = state.engine.dead.is_set()
-    if died:
+    if state.engine.dead.is_set():
         await asyncio.sleep(_FAREWELL_SECONDS)  # a moment in which /health tells why
     else:
         await _drain(state, hurry)
+    died = state.engine.dead.is_set()
     server.should_exit = True
     await serving
     for task in (stopping, dying):
@@ -218,6 +233,14 @@ async def _drain(state: ServerState, hurry: asyncio.Event) -> None:
         for wait in waits:
             wait.cancel()
     state.engine.fail_all("the server is shutting down")
+
+
+def _say(line: str) -> None:
+    """Print; a full disk or a reader that is gone is no reason not to serve."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        logger.warning("standard output cannot be written: %s", error.strerror)
 
 
 def _failure(task: "asyncio.Task[None]") -> BaseException:

@@ -109,10 +109,11 @@ class EngineCore:
             return []
         step, pending = self._launched[0]
         result = pending.result()
-        self._launched.popleft()
+        outputs = self.scheduler.update(step, result)
+        self._launched.popleft()  # now that nothing can fail any more
         self._encoder_seconds += result.encoder_seconds
         self._encoder_images += len(step.encode_images)
-        return self.scheduler.update(step, result)
+        return outputs
 
     def _recover(self, scheduled: SchedulerOutput, error: Exception) -> list[EngineOutput]:
         """End the requests of the steps that are on their way, so that the others can go on."""

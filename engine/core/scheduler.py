@@ -118,12 +118,14 @@ class Scheduler:
         return outputs
 
     def fail(self, steps: list[SchedulerOutput], message: str) -> list[EngineOutput]:
-        """End every request of steps that broke, and forget all that those steps should have computed."""
+        """End every request of steps that broke, and forget all that those steps should have computed.
+
+        Requests that have ended are told so once more: it may have been in a step whose outputs are lost.
+        """
         failed = {part.request_id for step in steps for part in step.requests}
-        outputs = []
-        for request_id in failed & self._requests.keys():
-            self._end(self._requests[request_id])
-            outputs.append(EngineOutput(request_id, [], finish_reason="error", error=message))
+        for request_id in failed:
+            self.abort(request_id)
+        outputs = [EngineOutput(request_id, [], finish_reason="error", error=message) for request_id in sorted(failed)]
         self.kv_cache.reset_prefixes()
         self.encoder_cache.clear()
         return outputs

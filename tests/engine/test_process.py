@@ -1,10 +1,16 @@
 """The engine process's loop, with a core that only notes what it is told."""
 
+import os
 import queue
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import pytest
+import zmq
+
 from engine.messages import EngineOutput, EngineOutputs, SchedulerStats
-from engine.process import ABORT, ADD, STOP, _loop
+from engine.process import ABORT, ADD, STOP, _loop, _receive, _send
 
 
 class Core:
@@ -76,3 +82,19 @@ def test_when_all_have_left_the_queues_are_told() -> None:
     told, sent = run((ADD, "a"), (ABORT, ["a"]), sends=1)
     assert told == ["add a", "abort a"]
     assert sent == [EngineOutputs([], SchedulerStats())]
+
+
+@pytest.mark.parametrize("work", [partial(_receive, core=Core()), _send])  # type: ignore[arg-type]
+def test_a_thread_that_fails_ends_the_process(
+    work: Callable[[Any, Any], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An engine that hears or says nothing would keep its clients waiting for ever."""
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    waiting.put(EngineOutputs([], SchedulerStats()))
+    with zmq.Context() as context:
+        broken = context.socket(zmq.PAIR)
+        broken.close()
+        work(broken, waiting)
+    assert statuses == [1] and "can no longer be" in caplog.text

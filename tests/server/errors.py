@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 
 _ROOT = Path(__file__).parents[2]
-_TYPES = {401: "authentication_error", 404: "not_found_error", 503: "service_unavailable_error"}
+_TYPES = {401: "authentication_error", 404: "not_found_error", 500: "server_error", 503: "service_unavailable_error"}
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:

@@ -258,10 +258,10 @@ class Engine:
             self.worker.lose(written)
         outputs = self.scheduler.fail([step for step, _, _ in self.launched], "broken")
         self.launched.clear()
-        assert {output.request_id for output in outputs} == names & self.sources.keys()
+        assert {output.request_id for output in outputs} == names
         assert all(output.finish_reason == "error" and output.error == "broken" for output in outputs)
         for output in outputs:
-            del self.sources[output.request_id]
+            self.sources.pop(output.request_id, None)
 
     def run(self, depth: int = 1) -> None:
         """Work as the engine core does until nothing is left; ends with an error when something starves."""
