@@ -1,28 +1,37 @@
 """Times the kernels on a GPU against what the hardware could do.
 
-    python -m bench.kernels [decode|linear]
+    python -m bench.kernels [all|decode|linear|mixed|prefill|shared] [--full]
 
-Everything is timed inside a CUDA graph, so that launching costs nothing, and over enough memory that no cache helps.
+Everything is timed inside a CUDA graph, so that launching costs nothing, and over enough memory that no cache helps
+(but for prompts: a step has just written their keys and values).
 """
 
 import argparse
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional
 
-from engine.attention import AttentionMetadata
+from engine.attention import AttentionMetadata, tile_tokens
 from engine.attention.triton_decode import DecodePlan, decode_attention, plan
+from engine.attention.triton_prefill import prefill_attention
 from engine.kernels import stream_linear
 from engine.kernels.row_linear import RowPlan, row_linear
 
 Plan = TypeVar("Plan")
+Cached = tuple[int, torch.dtype]
+"""Key-value heads and type of a cache."""
 HEADS, HEAD_DIM, BLOCK = 32, 128, 16
+MOST_REQUESTS = 256
+"""For which a step's graph has room."""
+CACHES: list[Cached] = list(itertools.product((HEADS, 8), (torch.bfloat16, torch.float8_e4m3fn)))
 LINEARS = {
     "qkv": (4096, 12288),
     "o": (4096, 4096),
@@ -60,38 +69,137 @@ def bandwidth() -> float:
     return data.nbytes / milliseconds(lambda: data.sum()) * 1000
 
 
-def decode_case(batch: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, AttentionMetadata]:
-    """Query, cache of this type and metadata of a batch of equally long sequences."""
-    blocks = -(-length // BLOCK)
-    cache = torch.randn(2, batch * blocks, BLOCK, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda").to(dtype)
-    table = torch.randperm(batch * blocks, device="cuda").int().view(batch, blocks)
-    rows = torch.arange(batch, device="cuda").int()
-    positions = torch.full((batch,), length - 1, device="cuda").int()
-    starts, slots, none = list(range(batch + 1)), list(range(batch)), table[:0]
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What the kernels attend to in one layer of one step."""
+
+    query: Tensor
+    cache: Tensor
+    metadata: AttentionMetadata
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Arguments of `decode_attention` and `prefill_attention`."""
+        kv_heads = self.cache.shape[3]
+        scales = torch.ones(2, kv_heads, device="cuda") if self.cache.dtype == torch.float8_e4m3fn else None
+        return {
+            "query": self.query, "cache": self.cache, "output": torch.empty_like(self.query), "metadata": self.metadata,
+            "scale": 0.1, "window": 0, "kv_scales": scales,
+        }  # fmt: skip
+
+
+def make_step(
+    lengths: Sequence[int], prompts: Sequence[int], cached: Cached, *, counted: bool = False, shared: int = 0
+) -> Step:
+    """Requests with one token whose sequences are so long, then prompts all of whose tokens are computed.
+
+    Args:
+        lengths: of the former.
+        prompts: tokens of the latter.
+        cached: key-value heads and type of the cache.
+        counted: only the GPU knows how the step is cut, as in `engine.worker.step_graphs`.
+        shared: tokens with which all of the former begin.
+    """
+    kv_heads, dtype = cached
+    decodes, tile = len(lengths), tile_tokens(HEADS, kv_heads, torch.bfloat16)
+    counts = [1] * decodes + list(prompts)
+    sequences = [*lengths, *prompts]
+    needed = [-(-length // BLOCK) for length in sequences]
+    table = torch.zeros(len(sequences), max(needed), dtype=torch.int32)
+    for row, blocks in zip(table, torch.randperm(sum(needed)).int().split(needed), strict=True):
+        row[: len(blocks)] = blocks
+    table[:decodes, : shared // BLOCK] = table[0, : shared // BLOCK]
+    cache = torch.randn(2, sum(needed), BLOCK, kv_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda").to(dtype)
+    starts = list(itertools.accumulate(counts, initial=0))
+    rows = torch.arange(len(sequences)).repeat_interleave(torch.tensor(counts)).int()
+    positions = torch.cat([torch.arange(n - count, n) for count, n in zip(counts, sequences, strict=True)]).int()
+    owners = list(range(decodes, len(sequences)))
+    prefills = torch.tensor([starts[decodes:-1], prompts, prompts, owners]).int()
+    pairs = [(i, first) for i, count in enumerate(prompts) for first in range(0, count, tile)]
+    tiles = torch.tensor(pairs).int().view(-1, 2).T.contiguous()
+    on_device = None
+    if counted:
+        on_device = torch.tensor([decodes, len(pairs)]).int().cuda()
+        decodes = min(starts[-1], MOST_REQUESTS)
+        prefills = functional.pad(prefills, (0, MOST_REQUESTS - len(prompts)))
+        tiles = functional.pad(tiles, (0, MOST_REQUESTS))
+    found = torch.tensor([len(lengths) if shared else 0, shared, 0]).int().cuda() if counted or shared else None
+    places = positions.cuda()
     metadata = AttentionMetadata(
-        batch, starts, [length] * batch, slots, rows, positions, positions, table, prefills=none, tiles=none
-    )
-    return torch.randn(batch, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda"), cache, metadata
+        decodes, starts, sequences, [], rows.cuda(), places, places, table.cuda(), prefills.cuda(), tiles.cuda(),
+        on_device, found,
+    )  # fmt: skip
+    return Step(torch.randn(starts[-1], HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda"), cache, metadata)
+
+
+def decode_plans(splits: Sequence[int], warps: Sequence[int]) -> list[DecodePlan]:
+    """To try. With 3 stages a program holds one tile of keys, with 5 two: where they lie is a stage of its own."""
+    return [DecodePlan(*shape) for shape in itertools.product(splits, (64, 128), warps, (2, 3, 5), (False, True))]
+
+
+def show_decode(title: str, step: Step, floor: float, plans: Sequence[DecodePlan], calls: int) -> None:
+    """Print the time of one layer's decode attention by the plan in use and by others."""
+    metadata, kv_heads = step.metadata, step.cache.shape[3]
+    in_use = plan(metadata.num_decodes, kv_heads, exact=False, counted=metadata.counts is not None)
+    attend = partial(decode_attention, **step.kwargs)
+    times = time_all([(option, partial(attend, chosen=option)) for option in [in_use, *plans]], calls)
+    print(f"{title}, {kv_heads} kv heads, cache {step.cache.dtype}: floor {floor:.4f} ms; in use {in_use}")
+    for taken, option in times[:4]:
+        print(f"    {taken:.4f} ms, {floor / taken:.0%}: {option}", flush=True)
 
 
 def tune_decode(speed: float, *, full: bool) -> None:
-    """Print the time of one layer's decode attention, and its share of the bandwidth, for the plan in use or many."""
+    """Steps in which every request has one token."""
     cases = ((128, 704), (32, 1024), (8, 704), (1, 704), (1, 4000))
-    for (batch, length), dtype in itertools.product(cases, (torch.bfloat16, torch.float8_e4m3fn)):
-        query, cache, metadata = decode_case(batch, length, dtype)
-        output = torch.empty_like(query)
-        scales = torch.ones(2, HEADS, device="cuda") if dtype == torch.float8_e4m3fn else None
-        attend = partial(decode_attention, query, cache, output, metadata, scale=0.1, window=0, kv_scales=scales)
-        floor = 2 * batch * length * HEADS * HEAD_DIM * dtype.itemsize / speed * 1000
-        in_use = plan(batch, HEADS, exact=False)
-        splits = {128: (1, 2), 32: (1, 2, 4), 8: (4, 8), 1: (16,)}[batch]
-        warps = (4, 8) if batch == 128 else (4,)
-        shapes = itertools.product(splits, (64, 128), warps, (2, 3), (False, True)) if full else ()
-        options = [in_use, *(DecodePlan(*shape) for shape in shapes)]
-        times = time_all([(option, partial(attend, chosen=option)) for option in options], 2 if batch > 8 else 8)
-        print(f"decode batch {batch} length {length} cache {dtype}: floor {floor:.4f} ms; in use {in_use}")
-        for taken, option in times[:4]:
-            print(f"    {taken:.4f} ms, {floor / taken:.0%}: {option}")
+    splits = {128: (1, 2), 32: (1, 2, 4), 8: (4, 8), 1: (16,)}
+    for (batch, length), cached in itertools.product(cases, CACHES):
+        plans = decode_plans(splits[batch], (4, 8) if batch == 128 else (4,)) if full else []
+        step, floor = make_step([length] * batch, [], cached), reading(batch * length, cached) / speed * 1000
+        show_decode(f"decode batch {batch} length {length}", step, floor, plans, 2 if batch > 8 else 8)
+
+
+def tune_mixed(speed: float, *, full: bool) -> None:
+    """The requests with one token of steps that compute a prompt too."""
+    for (batch, length), cached in itertools.product(((128, 704), (32, 1024), (8, 704)), CACHES):
+        plans = decode_plans((1, 2, 4), (4, 8)) if full else []
+        step = make_step([length] * batch, [640], cached, counted=True)
+        floor = reading(batch * length, cached) / speed * 1000
+        show_decode(f"mixed batch {batch} length {length}", step, floor, plans, 2 if batch > 8 else 8)
+
+
+def tune_shared(speed: float, *, full: bool) -> None:
+    """Requests with one token that begin alike, alone and beside a prompt."""
+    batch, length, shared = 128, 704, 624
+    for counted, cached in itertools.product((False, True), CACHES):
+        plans = decode_plans((1, 2, 4), (4,)) if full else []
+        step = make_step([length] * batch, [640] if counted else [], cached, counted=counted, shared=shared)
+        floor = reading(batch * (length - shared) + shared, cached) / speed * 1000
+        show_decode(f"shared {shared} of {length}, batch {batch}{', mixed' * counted}", step, floor, plans, 8)
+
+
+def time_prefill() -> None:
+    """Print the time of one layer's attention of prompts, beside requests with one token."""
+    rate = product_rate()
+    print(f"products of bfloat16: {rate / 1e12:.0f} TFLOP/s")
+    for prompts, cached in itertools.product(([640], [2048], [640] * 4, [64] * 16), CACHES):
+        step = make_step([704] * 8, prompts, cached, counted=True)
+        # Two products, of the keys before each token and its own.
+        floor = sum(4 * HEADS * HEAD_DIM * count * (count + 1) / 2 for count in prompts) / rate * 1000
+        (taken, _), *_ = time_all([(None, partial(prefill_attention, **step.kwargs))], 20)
+        name = f"{len(prompts)} of {prompts[0]}, {cached[0]} kv heads, cache {cached[1]}"
+        print(f"prefill {name}: floor {floor:.4f} ms, {taken:.4f} ms, {floor / taken:.0%}", flush=True)
+
+
+def reading(tokens: int, cached: Cached) -> int:
+    """Bytes of so many keys and values."""
+    kv_heads, dtype = cached
+    return 2 * tokens * kv_heads * HEAD_DIM * dtype.itemsize
+
+
+def product_rate() -> float:
+    """Operations a second of a large product."""
+    x = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    return 2 * 8192**3 / milliseconds(lambda: x @ x) * 1000
 
 
 def tune_linear(speed: float, *, full: bool) -> None:
@@ -102,7 +210,7 @@ def tune_linear(speed: float, *, full: bool) -> None:
         weights = [torch.randn(size_out, size_in, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
         x = torch.randn(rows, size_in, dtype=torch.bfloat16, device="cuda")
         floor = weights[0].nbytes / speed * 1000
-        cublas = milliseconds(partial(multiply_all, torch.nn.functional.linear, x, weights)) / copies
+        cublas = milliseconds(partial(multiply_all, functional.linear, x, weights)) / copies
         options: list[Any] = [stream_linear.plan(rows, size_in, size_out)]
         multiply: Callable[..., Tensor] = stream_linear.stream_linear
         if rows == 1:
@@ -145,15 +253,18 @@ def repeat(run: Callable[[], object], times: int) -> None:
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description="Time the kernels on a GPU.")
-    parser.add_argument("what", nargs="*", choices=["decode", "linear"], default=["decode", "linear"])
+    whats = ["decode", "linear", "mixed", "prefill", "shared"]
+    parser.add_argument("what", nargs="*", choices=["all", *whats], default="all")
     parser.add_argument("--full", action="store_true", help="try many plans, not only the one in use")
     args = parser.parse_args()
     speed = bandwidth()
     print(f"{torch.cuda.get_device_name()}: {speed / 1e9:.0f} GB/s")
-    if "decode" in args.what:
-        tune_decode(speed, full=args.full)
-    if "linear" in args.what:
-        tune_linear(speed, full=args.full)
+    tuners = {"decode": tune_decode, "linear": tune_linear, "mixed": tune_mixed, "shared": tune_shared}
+    for what in whats if "all" in args.what else args.what:
+        if what == "prefill":
+            time_prefill()
+        else:
+            tuners[what](speed, full=args.full)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 several programs where the batch alone cannot keep the GPU busy (Dao et al., Flash-Decoding, 2023).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -33,11 +33,12 @@ class DecodePlan:
     """Whether a single head's products are padded so that tensor cores make them."""
 
 
-def plan(num_requests: int, kv_heads: int, *, exact: bool) -> DecodePlan:
-    """As many parts as give an H100 about a thousand programs; `python -m bench.kernels decode` tries others."""
+def plan(num_requests: int, kv_heads: int, *, exact: bool, counted: bool = False) -> DecodePlan:
+    """As many parts as give an H100 about a thousand programs; `python -m bench.kernels decode mixed` tries others."""
     programs = num_requests * kv_heads
     splits = min(_MOST_SPLITS, triton.next_power_of_2(triton.cdiv(1024, programs)))
-    return DecodePlan(splits, 32 if exact or splits == _MOST_SPLITS else 64, 4, uses_dot=not exact)
+    columns = 32 if exact or splits == _MOST_SPLITS else 64
+    return DecodePlan(_COUNTED_SPLITS if counted else splits, columns, 4, uses_dot=not exact)
 
 
 def shared_parts(splits: int) -> int:
@@ -263,9 +264,7 @@ def decode_attention(
     kv_heads = cache.shape[3]
     group, head_pad = heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
     exact = query.dtype == torch.float32
-    cut = chosen or plan(requests, kv_heads, exact=exact)
-    if counts is not None:
-        cut = replace(cut, splits=_COUNTED_SPLITS)
+    cut = chosen or plan(requests, kv_heads, exact=exact, counted=counts is not None)
     group_pad = 1 if group == 1 and not cut.uses_dot else max(16, triton.next_power_of_2(group))
     shares = metadata.shared is not None and not window
     num_shared = shared_parts(cut.splits) if shares else 0
