@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import chat, completions, messages, responses, tokenization
 from server.errors import ApiError, install_handlers
 from server.openapi import ABOUT, DescribedApp, describe
+from server.pages import page_routes
 from server.paths import is_below
 from server.response_types import Model, ModelList, Versions
 from server.sse import ClientGone
@@ -38,13 +39,15 @@ def create_app(state: ServerState) -> FastAPI:
         title="Vision-language model server",
         description=ABOUT,
         version=program_version(),
-        root_path=state.args.root_path,
         redirect_slashes=False,  # a redirect would repeat the Host that a client names
     )
+    app.root_path = state.args.root_path  # as an argument it is deprecated; uvicorn's needs a proxy that takes it off
     app.needs_key = bool(state.args.api_key)
     app.state.server = state
     for routes in (router, chat.router, completions.router, responses.router, messages.router, tokenization.router):
         app.include_router(routes)
+    if not state.args.disable_playground:
+        app.router.routes.extend(page_routes(state.config))
     install_handlers(app)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(ClientDisconnect, _client_gone)
