@@ -17,6 +17,8 @@ const EMPTY = { text: "", pictures: [] };
 let turns = [];
 /** The one that is being edited. */
 let edited = null;
+/** Whether the end of the conversation is kept in view, as long as nobody scrolls away from it. */
+let following = true;
 /** Stops the answer that is being written. */
 let running = null;
 
@@ -121,7 +123,8 @@ function addTurn(turn) {
   turns.push(turn);
   chat.append(turn.node);
   byId("welcome").hidden = true;
-  scroller.scrollTop = scroller.scrollHeight;
+  following = true;
+  follow();
   return turn;
 }
 
@@ -148,10 +151,13 @@ function reply(turn) {
 function draw(turn) {
   clearTimeout(turn.timer);
   turn.timer = null;
-  const follow = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_PX;
   if (turn.text || !running) turn.bodyNode.replaceChildren(renderMarkdown(turn.text));
   turn.footer.replaceChildren(statistics(turn));
-  if (follow) scroller.scrollTop = scroller.scrollHeight;
+  follow();
+}
+
+function follow() {
+  if (following && turns.length) scroller.scrollTop = scroller.scrollHeight;
 }
 
 /** What is known of an answer once nothing more comes. */
@@ -163,7 +169,7 @@ function showEnd(turn) {
     if (status === 401) askForKey();
   }
   turn.footer.append(actions(turn));
-  scroller.scrollTop = scroller.scrollHeight;
+  follow();
 }
 
 function actions(turn) {
@@ -285,6 +291,7 @@ function newChat() {
 function askForKey() {
   complain("This server asks for an API key: it goes into the settings.");
   showSettings(true);
+  byId("key").focus();
 }
 
 async function loadModels() {
@@ -335,6 +342,11 @@ function onKey(event) {
 connectComposer(tell, complain);
 connectSettings();
 document.addEventListener("keydown", onKey);
+scroller.addEventListener("scroll", () => {
+  following = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_PX;
+});
+// What is written below, the settings beside it and a phone's keyboard take room from the conversation.
+new ResizeObserver(follow).observe(scroller);
 byId("send").addEventListener("click", () => send());
 byId("stop").addEventListener("click", () => {
   stop();

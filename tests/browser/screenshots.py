@@ -16,8 +16,8 @@ from tests.server.launch import data_url, image_part, text_part, user
 _ROOT = Path(__file__).parents[2]
 _IMAGES = _ROOT / "docs" / "images"
 _SAMPLES = _ROOT / "demo" / "samples"
-_WIDE, _PHONE = {"width": 1100, "height": 720}, {"width": 390, "height": 844}
-_TRAFFIC_SECONDS = 75
+_WIDE, _PHONE = {"width": 1100, "height": 780}, {"width": 390, "height": 844}
+_TRAFFIC_SECONDS = 200
 
 
 def _ask(page: Page, question: str) -> None:
