@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import chat, completions, messages, responses, tokenization
 from server.errors import ApiError, install_handlers
 from server.openapi import ABOUT, DescribedApp, describe
+from server.pages import page_routes
 from server.paths import is_below
 from server.response_types import Model, ModelList, Versions
 from server.sse import ClientGone
@@ -45,6 +46,8 @@ def create_app(state: ServerState) -> FastAPI:
     app.state.server = state
     for routes in (router, chat.router, completions.router, responses.router, messages.router, tokenization.router):
         app.include_router(routes)
+    if not state.args.disable_playground:
+        app.router.routes.extend(page_routes(state.config))
     install_handlers(app)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(ClientDisconnect, _client_gone)

@@ -53,6 +53,7 @@ class ServerArgs:
     response_role: str = _flag("assistant", "server", "role of the answers")
     max_request_bytes: int = _flag(64 << 20, "server", "bytes of one request's body", kind=int)
     shutdown_timeout: float = _flag(30.0, "server", "seconds that running requests get at shutdown", kind=float)
+    disable_playground: bool = _flag(False, "server", "serve no pages for browsers at / and /dashboard")
     disable_log_requests: bool = _flag(False, "server", "write no line for each request")
     log_level: str = _flag(
         "info", "server", "what is logged", choices=("debug", "info", "warning", "error", "critical")

@@ -26,7 +26,7 @@ _FLAGS = """
 --tensor-parallel-size --distributed-executor-backend
 --host --port --uds --api-key --allowed-origins --ssl-keyfile --ssl-certfile --root-path --chat-template
 --trust-request-chat-template --tool-call-parser
---response-role --max-request-bytes --shutdown-timeout --disable-log-requests --log-level
+--response-role --max-request-bytes --shutdown-timeout --disable-playground --disable-log-requests --log-level
 """
 
 
