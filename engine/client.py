@@ -146,6 +146,7 @@ class AsyncEngine:
             inputs.cancel()
             await engine.stop()
             raise
+        engine._heard_at = time.monotonic()  # however long it loaded
         receiving = asyncio.create_task(engine._receive())
         receiving.add_done_callback(engine._stopped_receiving)
         engine._tasks.append(receiving)

@@ -1,8 +1,8 @@
 """A server in this process, with an engine process of its own, so that tests see what it holds."""
 
 import asyncio
+import contextlib
 import os
-import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 import httpx
 import psutil
 import pytest
-import uvicorn
 
 from engine.client import AsyncEngine
 from engine.config import create_config
-from server.app import create_app
 from server.args import parse_args
-from server.run import _Server, _state
+from server.run import _listen, _listen_and_drain, _state
 from server.state import ServerState
 from tests.server.launch import user
 
@@ -94,14 +92,16 @@ class House:
 @asynccontextmanager
 async def open_house(model: Path, *flags: str) -> AsyncIterator[House]:
     """Start a server of a checkpoint; it must end well."""
-    engine_args, args = parse_args(["--model", str(model), "--dtype", "float32", "--device", "cpu", *flags])
+    engine_args, args = parse_args(
+        ["--model", str(model), "--dtype", "float32", "--device", "cpu", "--port", "0", *flags]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # of the engine's process: others run tests beside it
+        patch.setattr("engine.client._SILENT_SECONDS", 1.0)
         engine = await AsyncEngine.start(create_config(engine_args))
-    state = _state(engine, args)
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = _Server(uvicorn.Config(create_app(state), log_config=None, lifespan="off", timeout_graceful_shutdown=2))
-    serving = asyncio.create_task(server.serve([listener]))
+        assert engine.trouble is None, "loading counts as silence"
+    state, listener, stop = _state(engine, args), _listen(args), asyncio.Event()
+    serving = asyncio.create_task(_listen_and_drain(state, listener, stop, asyncio.Event()))
     port = listener.getsockname()[1]
     limits = httpx.Limits(max_keepalive_connections=0)  # what is kept open would look like a leak
     async with httpx.AsyncClient(
@@ -111,16 +111,33 @@ async def open_house(model: Path, *flags: str) -> AsyncIterator[House]:
         assert pid is not None
         house = House(state, port, psutil.Process(pid), client)
         house.most_threads += psutil.Process().num_threads()
-        while not server.started:
-            await asyncio.sleep(0.01)
+        await _until_it_listens(client)
         house.answer = (await house.ask()).json()["choices"][0]["message"]["content"]
-        await asyncio.sleep(0.2)
+        await _ask_and_leave(house)
         house.at_first = house.held()
         yield house
-    server.should_exit = True
-    await serving
+    stop.set()
+    assert await serving == 0
     await engine.stop()
-    await state.media.aclose()
-    state.text_pool.shutdown()
-    state.image_pool.shutdown()
     listener.close()
+
+
+async def _ask_and_leave(house: House) -> None:
+    """What the engine needs to give a request up, it begins with the first."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await house.ask(max_tokens=200, ignore_eos=True, n=8)
+    while house.state.num_open or house.state.engine.stats.num_running:
+        await asyncio.sleep(0.02)
+    await asyncio.sleep(0.2)
+
+
+async def _until_it_listens(client: httpx.AsyncClient) -> None:
+    end = time.monotonic() + _SETTLE_SECONDS
+    while True:
+        try:
+            assert (await client.get("/health")).status_code == 200
+            return
+        except httpx.ConnectError:
+            assert time.monotonic() < end
+            await asyncio.sleep(0.05)

@@ -33,7 +33,7 @@ PLACES: dict[str, Place] = {
     "detokenizer": lambda house: (Detokenizer, "push"),
     "metrics": lambda house: (house.state.metrics, "delta"),
     "answer": lambda house: (Chat, "_choice"),
-    "event": lambda house: (Chat, "_delta_chunk"),
+    "event": lambda house: (Chat, "_delta_chunks"),
 }
 ERRORS = [RuntimeError("a secret"), MemoryError(), KeyError("a secret"), jinja2.TemplateError("a secret")]
 

@@ -20,7 +20,7 @@ _FIELDS: list[dict[str, Any]] = [
     {"max_tokens": 0}, {"max_tokens": 1 << 40}, {"max_tokens": "few"}, {"stop": [""]}, {"presence_penalty": 9},
     {"repetition_penalty": 0}, {"logit_bias": {"999999": 1}}, {"logit_bias": {"x": 1}}, {"top_logprobs": 3},
     {"logprobs": True, "top_logprobs": 99}, {"allowed_token_ids": []}, {"stop_token_ids": [-1]},
-    {"response_format": {"type": "json_object"}}, {"stream_options": {"include_usage": True}},
+    {"response_format": {"type": "xml"}}, {"stream_options": {"include_usage": True}},
     {"prompt_logprobs": -5}, {"messages": []}, {"messages": "Hello"}, {"messages": [{"role": "king", "content": "x"}]},
     {"messages": [{"role": "user", "content": "word " * 9000}]}, {"chat_template_kwargs": {"tools": 1}},
     {"chat_template": "{{ 1 }}"}, {"store": True}, {"min_tokens": 5, "max_tokens": 2}, {"functions": [{}]},
