@@ -89,10 +89,14 @@ function take(turn, event) {
   turn.timer ??= setTimeout(() => draw(turn), DRAW_MS);
 }
 
-/** The conversation as the API takes it; an answer that never came is left out. */
+/**
+ * The conversation as the API takes it. A question that got no answer is left out, since most models' templates want
+ * questions and answers in turns; the newest one is what is asked.
+ */
 function messages() {
   const system = systemPrompt();
-  const said = turns.filter((turn) => turn.role === "user" || turn.text);
+  const isAnswered = (at) => at === turns.length - 1 || turns[at + 1].text !== "";
+  const said = turns.filter((turn, at) => (turn.role === "user" ? isAnswered(at) : turn.text !== ""));
   return [
     ...(system ? [{ role: "system", content: system }] : []),
     ...said.map((turn) => ({ role: turn.role, content: content(turn) })),
@@ -168,6 +172,7 @@ function showEnd(turn) {
     turn.footer.before(el("div", { class: "error", role: "alert" }, el("strong", {}, title), el("p", {}, message)));
     if (status === 401) askForKey();
   }
+  if (!turn.text) turn.footer.append(el("span", {}, "This question is left out of what follows."));
   turn.footer.append(actions(turn));
   follow();
 }

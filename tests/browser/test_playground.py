@@ -243,6 +243,8 @@ def test_errors_are_shown_with_the_servers_words(page: Page) -> None:
     page.get_by_label("API key").fill("wrong")
     expect(ask(page, "Hello").get_by_role("alert")).to_contain_text("the API key is missing or wrong")
     expect(page.locator("#notice")).to_contain_text("API key")
+    give_key(page)
+    expect(ask(page, "Hello").get_by_role("alert")).to_have_count(0)  # after a question without an answer
 
     page.route(CHAT, lambda route: route.abort())
     expect(ask(page, "Hello").get_by_role("alert")).to_contain_text("cannot be reached")
