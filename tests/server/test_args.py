@@ -25,7 +25,8 @@ _FLAGS = """
 --max-num-queued-reqs --profile-dir --profile-steps
 --tensor-parallel-size --distributed-executor-backend
 --host --port --uds --api-key --allowed-origins --ssl-keyfile --ssl-certfile --root-path --chat-template
---trust-request-chat-template --tool-call-parser --response-role --max-request-bytes --shutdown-timeout --disable-log-requests --log-level
+--trust-request-chat-template --tool-call-parser --response-role --max-request-bytes --shutdown-timeout
+--disable-log-requests --log-level
 """
 
 
