@@ -56,7 +56,10 @@ class GrammarCompiler:
             self._tokenizer = LLTokenizer(
                 self._read_tokenizer(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
             )
-        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        try:
+            matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        except BaseException as error:  # what Rust panics with is no Exception
+            raise ValueError(f"the library failed: {error}") from None
         told = [matcher.get_error(), *matcher.get_grammar_warnings()]
         if any(told):
             raise ValueError("; ".join(_plain(str(text), source) for text in told if text))
