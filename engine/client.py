@@ -198,6 +198,7 @@ class AsyncEngine:
         *,
         max_tokens: int | None = None,
         bad_words: list[list[int]] | None = None,
+        grammar: str | None = None,
         arrival_time: float | None = None,
         priority: int = 0,
         cache_salt: str = "",
@@ -210,6 +211,7 @@ class AsyncEngine:
             params: how to sample; `params.max_tokens` of None fills the context.
             max_tokens: made by `inputs.max_tokens`; by default it is called with `params.max_tokens`.
             bad_words: made by `inputs.bad_words`; by default it is called with `params`.
+            grammar: made by `inputs.grammar`; likewise.
             arrival_time: when the client asked, in seconds of `time.monotonic()`; by default now.
             priority: lower is served first.
             cache_salt: prompts share cached prefixes only with those of the same salt.
@@ -227,6 +229,7 @@ class AsyncEngine:
             max_tokens=self.inputs.max_tokens(prompt, params.max_tokens) if max_tokens is None else max_tokens,
             arrival_time=time.monotonic() if arrival_time is None else arrival_time,
             bad_words=bad_words,
+            grammar=grammar,
             priority=priority,
             cache_salt=cache_salt,
             request_id=request_id,

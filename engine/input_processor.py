@@ -214,13 +214,14 @@ class InputProcessor:
         max_tokens: int,
         arrival_time: float,
         bad_words: list[list[int]] | None = None,
+        grammar: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
         request_id: str | None = None,
     ) -> list[EngineRequest]:
         """One engine request for each of the `n` answers, with names and seeds of their own."""
         params.check_vocab(self.config.vocab_size)
-        grammar = self.grammar(params)
+        grammar = self.grammar(params) if grammar is None else grammar
         params = replace(params, structured_outputs=None)  # which may be large, and is not needed any more
         if params.min_tokens > max_tokens:
             raise ValueError(f"min_tokens is {params.min_tokens}: at most {max_tokens} tokens can be generated")

@@ -114,9 +114,11 @@ def _receive_until_stop(inbox: zmq.Socket[bytes], received: _Inbox, core: Engine
     compiling = ThreadPoolExecutor(1, thread_name_prefix="compile")
 
     def compiled(request: EngineRequest) -> None:
-        with contextlib.suppress(ValueError):  # which comes again, and is told, where the request is taken in
-            core.check(request)
-        received.put((ADD, request))
+        try:
+            with contextlib.suppress(ValueError):  # which comes again, and is told, where the request is taken in
+                core.check(request)
+        finally:
+            received.put((ADD, request))
 
     requests = msgspec.msgpack.Decoder(EngineRequest)
     names = msgspec.msgpack.Decoder(list[str])

@@ -51,7 +51,7 @@ async def start_chat(state: ServerState, body: ChatCompletionRequest, arrived: f
     with _max_tokens_as_given(body):
         params = body.params(state.config.sampling_defaults, use)
     with state.engine.admission(params.n):
-        await state.check_form(params, body.form_field if use is None or use.form is None else "tools")
+        grammar = await state.grammar(params, body.form_field if use is None or use.form is None else "tools")
         prompt = await chat_prompt(state, body)
         body.messages = []  # which may hold large images, and are not needed while the answer runs or waits
         bad_words = await state.bad_words(params)
@@ -61,6 +61,7 @@ async def start_chat(state: ServerState, body: ChatCompletionRequest, arrived: f
                 prompt,
                 params,
                 bad_words=bad_words,
+                grammar=grammar,
                 arrival_time=arrived,
                 priority=body.priority or 0,
                 cache_salt=body.cache_salt or "",

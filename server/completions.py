@@ -50,7 +50,7 @@ async def _start(state: ServerState, body: CompletionRequest, arrived: float) ->
     given = body.prompts()
     params = body.params(state.config.sampling_defaults)
     with state.engine.admission(params.n * len(given)):
-        await state.check_form(params, body.form_field)
+        grammar = await state.grammar(params, body.form_field)
         prompts = await asyncio.gather(*(_prompt(state, body, prompt) for prompt in given))
         limits = [_limit(state, body, params, prompt) for prompt in prompts]
         params.check_vocab(state.config.vocab_size)
@@ -62,6 +62,7 @@ async def _start(state: ServerState, body: CompletionRequest, arrived: float) ->
                 params,
                 max_tokens=limit,
                 bad_words=bad_words,
+                grammar=grammar,
                 arrival_time=arrived,
                 priority=body.priority or 0,
                 cache_salt=body.cache_salt or "",

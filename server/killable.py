@@ -72,8 +72,9 @@ class KillableWorker:
     def _begin(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_main, args=(theirs, self._make_work, self._args), name="killable")
-        self._process.start()
+        process = context.Process(target=_main, args=(theirs, self._make_work, self._args), name="killable")
+        process.start()
+        self._process = process
         theirs.close()
 
     def _receive(self, seconds: float) -> Any:

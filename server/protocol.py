@@ -145,7 +145,8 @@ class SamplingFields(RequestModel):
     @property
     def form_field(self) -> str:
         """The field that says what an answer must look like, if there is one."""
-        return "structured_outputs" if self.response_format is None else "response_format"
+        is_text = self.response_format is None or self.response_format.get("type") == "text"
+        return "structured_outputs" if is_text else "response_format"
 
     def form(self) -> StructuredOutputs | None:
         """What an answer must look like.

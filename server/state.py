@@ -119,15 +119,21 @@ class ServerState:
         """Token ids of the bad words, if there are any."""
         return await self.in_text_pool(self.inputs.bad_words, params) if params.bad_words else []
 
-    async def check_form(self, params: SamplingParams, field: str) -> None:
-        """Refuse a form of answers that cannot be had, in the name of the field that asks for it."""
-        if params.structured_outputs is not None:
-            try:
-                source = self.inputs.grammar(params)
-                assert source is not None
-                await self.grammars.check(source)
-            except ValueError as error:
-                raise ValueError(f"{field}: {str(error).removeprefix('structured_outputs: ')}") from None
+    async def grammar(self, params: SamplingParams, field: str) -> str | None:
+        """What the answer must look like, as the engine takes it.
+
+        Raises:
+            ValueError: it cannot be had; the message begins with the field that asks for it.
+        """
+        if params.structured_outputs is None:
+            return None
+        try:
+            source = await self.in_text_pool(self.inputs.grammar, params)
+            assert source is not None
+            await self.grammars.check(source)
+        except ValueError as error:
+            raise ValueError(f"{field}: {str(error).removeprefix('structured_outputs: ')}") from None
+        return source
 
     async def load_images(self, urls: list[str]) -> list[PreparedImage]:
         """Fetch, decode and prepare images, all at once; the first failure ends the others."""

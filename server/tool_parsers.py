@@ -2,12 +2,15 @@
 
 import ast
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 _ARGUMENTS = ("arguments", "parameters")
-_MOST_CALLS = 128
+_STRUCTURE = "[],; \t\r\n"
+"""May stand before, between and behind calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,105 +65,129 @@ class JsonCalls:
         self._closing = closing
         self._waiting = ""
         """Text that may become part of a mark."""
-        self._is_open = False
+        self._at = 0
+        """How much of it is done with."""
+        self._is_open = not opening
+        self._skipped: list[str] | None = []
+        """The mark, brackets and white space, which are text unless a call follows; None once one did."""
         self._is_text = False
+        """Whether no call can come any more."""
         self._call: _Call | None = None
         self._num_calls = 0
 
     def feed(self, text: str) -> list[Piece]:
         """See `ToolParser`."""
-        self._waiting += text
+        self._waiting, self._at = self._waiting[self._at :] + text, 0
         return _joined(self._pieces())
 
     def finish(self) -> list[Piece]:
         """See `ToolParser`."""
-        rest, self._waiting = self._waiting, ""
-        if self._call is not None and not self._call.is_told:
+        rest, self._waiting, self._at = self._waiting[self._at :], "", 0
+        if self._call is not None:
+            if self._call.is_told:
+                return []
             rest = self._call.text + rest  # it never became a call
-        elif self._num_calls:
-            return []
-        return [rest] if rest else []
+        skipped, self._skipped = self._skipped, None
+        if self._is_open:
+            rest = rest if skipped is not None else ""  # part of a mark behind a call
+            rest = "".join(skipped or []) + rest
+        return _told(rest)
 
     def _pieces(self) -> Iterator[Piece]:
         progress = True
-        while progress and self._waiting:
-            before = len(self._waiting), self._is_open, self._call
+        while progress and self._at < len(self._waiting):
+            before = self._at, self._is_open, self._call
             if self._call is not None:
-                yield from self._inside()
+                yield from self._inside(self._call)
             elif self._is_open:
-                self._between()
-            elif self._is_text or self._opening:
-                yield from self._outside()
+                yield from self._between()
             else:
-                self._begin()
-            progress = (len(self._waiting), self._is_open, self._call) != before
-
-    def _begin(self) -> None:
-        """Without a mark, the first character tells whether there are calls."""
-        first = self._waiting.lstrip()[:1]
-        if first:
-            self._is_open, self._is_text = first in "[{", first not in "[{"
+                yield from self._outside()
+            progress = (self._at, self._is_open, self._call) != before
 
     def _outside(self) -> Iterator[Piece]:
         """Text, up to the mark behind which calls stand."""
-        if self._is_text and not self._opening:
-            text, self._waiting = self._waiting, ""
-            yield text
-            return
-        text, mark, rest = self._waiting.partition(self._opening)
-        if mark:
-            self._waiting, self._is_open = rest, True
-        else:
-            kept = _begun_at_the_end(text, self._opening)
-            text, self._waiting = text[: len(text) - kept], text[len(text) - kept :]
+        found = -1 if self._is_text else self._waiting.find(self._opening, self._at)
+        end = found if found >= 0 else len(self._waiting)
+        if found < 0 and not self._is_text:
+            end -= _begun_at_the_end(self._waiting, self._opening, self._at)
+        text, self._at = self._waiting[self._at : end], end
+        if found >= 0:
+            self._at += len(self._opening)
+            self._is_open, self._skipped = True, [self._opening]
         if text:
             yield text
 
-    def _between(self) -> None:
+    def _between(self) -> Iterator[Piece]:
         """What is neither call nor text: brackets, commas, and the mark behind a call."""
-        if self._closing and self._waiting.startswith(self._closing):
-            self._waiting, self._is_open = self._waiting.removeprefix(self._closing), False
-        elif self._waiting[0] == "{" and self._num_calls < _MOST_CALLS:
+        text, at = self._waiting, self._at
+        if self._closing and text.startswith(self._closing, at):
+            self._at += len(self._closing)
+            yield from self._close(self._closing)
+        elif self._opening and text.startswith(self._opening, at):
+            self._skip(self._opening)
+        elif any(mark.startswith(text[at : at + len(mark)]) for mark in (self._opening, self._closing) if mark):
+            return  # it may become one
+        elif text[at] == "{":
             self._call = _Call(self._num_calls)
-        elif not (self._closing and self._closing.startswith(self._waiting)):
-            self._waiting = self._waiting[1:]
+        elif text[at] in _STRUCTURE:
+            self._skip(text[at])
+        else:
+            yield from self._close("")
 
-    def _inside(self) -> Iterator[Piece]:
-        assert self._call is not None
-        call, text = self._call, self._waiting
-        used = call.feed(text)
-        self._waiting = text[used:]
+    def _inside(self, call: "_Call") -> Iterator[Piece]:
+        self._at = call.feed(self._waiting, self._at)
         delta = call.take()
         if delta is not None:
-            self._num_calls = call.index + 1
+            self._num_calls, self._skipped = call.index + 1, None
             yield delta
         if call.is_complete:
             self._call = None
             if not call.is_told:
-                yield call.text
+                yield from self._close(call.text)
+
+    def _skip(self, text: str) -> None:
+        self._at += len(text)
+        if self._skipped is not None:
+            self._skipped.append(text)
+
+    def _close(self, text: str) -> Iterator[Piece]:
+        """Calls end here; what looked like their beginning is text, if there were none."""
+        skipped, self._skipped = self._skipped, None
+        self._is_open, self._is_text = False, not self._opening
+        if skipped is not None or text != self._closing:
+            text = "".join(skipped or []) + text
+            if text:
+                yield text
 
 
 class PythonicCalls:
     """A list of calls as Python writes them, `[f(a=1), g(b="x")]`; each is told when the list is complete."""
 
     def __init__(self) -> None:
-        self._text = ""
+        self._texts: list[str] = []
+        self._is_text: bool | None = None
+        """None until the first character that is no white space."""
 
     def feed(self, text: str) -> list[Piece]:
         """See `ToolParser`."""
-        self._text += text
-        if self._text.lstrip()[:1] in ("", "["):
-            return []
-        text, self._text = self._text, ""
-        return [text]
+        if self._is_text is None and text.strip():
+            self._is_text = text.lstrip()[0] != "["
+        self._texts.append(text)
+        return _told(self._rest()) if self._is_text else []
 
     def finish(self) -> list[Piece]:
         """See `ToolParser`."""
-        text, self._text = self._text, ""
+        rest = self._rest()
         try:
-            return list(_python_calls(text))
-        except (SyntaxError, ValueError, MemoryError, RecursionError):
-            return [text] if text else []
+            return list(_python_calls(rest))
+        except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
+            return _told(rest)
+
+    def _rest(self) -> str:
+        text = "".join(self._texts)
+        self._texts.clear()
+        return text
 
 
 PARSERS: dict[str, Callable[[], ToolParser]] = {
@@ -201,14 +228,14 @@ class _Call:
         """All of it, while it is not told."""
         return "".join(self._untold)
 
-    def feed(self, text: str) -> int:
-        """Take what belongs to the object; how many characters that are."""
-        for used, char in enumerate(text, start=1):
+    def feed(self, text: str, start: int) -> int:
+        """Take what belongs to the object, from `start` on; where that ends."""
+        for place in range(start, len(text)):
             if not self.is_told:
-                self._untold.append(char)
-            self._step(char)
+                self._untold.append(text[place])
+            self._step(text[place])
             if self.is_complete:
-                return used
+                return place + 1
         return len(text)
 
     def take(self) -> CallDelta | None:
@@ -243,7 +270,8 @@ class _Call:
                 if not self._has_arguments:
                     self._arguments.append("{}")
         elif self._depth == 1 and char == ":" and self._key is None:
-            self._key = _string("".join(self._value)) or ""
+            key = _string("".join(self._value)) or ""
+            self._key = "" if key in _ARGUMENTS and self._has_arguments else key
             self._value, self._begins_value = [], True
         elif self._depth == 1 and char == ",":
             self._end_value()
@@ -263,44 +291,65 @@ class _Call:
         value = _string("".join(self._value))
         if self._key == "name" and self._name is None:
             self._name = value
-        elif self._key in _ARGUMENTS and value:
-            self._arguments.append(value)
+        elif self._key in _ARGUMENTS and value is not None:
+            self._arguments.append(value or "{}")
         self._has_arguments |= self._key in _ARGUMENTS
 
 
 def _string(text: str) -> str | None:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, str) else None
+    # Half of a surrogate pair can be escaped, but not sent.
+    return value.encode(errors="replace").decode() if isinstance(value, str) else None
 
 
-def _begun_at_the_end(text: str, mark: str) -> int:
-    """How many characters at the end of a text may be the beginning of a mark."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if mark.startswith(text[-n:])), 0)
+def _begun_at_the_end(text: str, mark: str, start: int) -> int:
+    """How many characters at the end of a text, from `start` on, may be the beginning of a mark."""
+    most = min(len(mark) - 1, len(text) - start)
+    return next((n for n in range(most, 0, -1) if mark.startswith(text[-n:])), 0)
+
+
+def _told(text: str) -> list[Piece]:
+    return [text] if text else []
 
 
 def _joined(pieces: Iterator[Piece]) -> list[Piece]:
     """Texts that follow each other as one."""
     found: list[Piece] = []
-    for piece in pieces:
-        if isinstance(piece, str) and found and isinstance(found[-1], str):
-            found[-1] += piece
-        else:
-            found.append(piece)
+    for is_text, run in groupby(pieces, lambda piece: isinstance(piece, str)):
+        same = list(run)
+        found += ["".join(map(str, same))] if is_text else same
     return found
 
 
 def _python_calls(text: str) -> Iterator[CallDelta]:
-    """The calls of a list; `ValueError` where it is none."""
-    tree = ast.parse(text.strip(), mode="eval").body
-    if not isinstance(tree, ast.List) or not 0 < len(tree.elts) <= _MOST_CALLS:
+    """The calls of a list; an error of some kind where it is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a model writes in quotes
+        tree = ast.parse(text.strip(), mode="eval").body
+    if not isinstance(tree, ast.List) or not tree.elts:
         raise ValueError("no list of calls")
-    found = []
     for index, call in enumerate(tree.elts):
         if not isinstance(call, ast.Call) or call.args:
             raise ValueError("no call, or one with arguments that have no names")
-        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
-        found.append(CallDelta(index, ast.unparse(call.func), json.dumps(arguments, ensure_ascii=False)))
-    yield from found
+        arguments = {_known(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        told = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        told.encode()  # half of a surrogate pair cannot be sent
+        yield CallDelta(index, _dotted(call.func), told)
+
+
+def _dotted(name: ast.expr) -> str:
+    """`a.b`."""
+    if isinstance(name, ast.Attribute):
+        return f"{_dotted(name.value)}.{name.attr}"
+    if not isinstance(name, ast.Name):
+        raise ValueError("no name")
+    return name.id
+
+
+def _known(name: str | None) -> str:
+    if name is None:
+        raise ValueError("arguments without names")
+    return name

@@ -90,7 +90,7 @@ class ToolReader:
     def __init__(self, use: ToolUse) -> None:
         self._parser = use.make_parser()
         self._most_calls = use.most_calls
-        self._blank = ""
+        self._blank: list[str] = []
         """White space that is told only if text follows, or if there is no call."""
         self.num_calls = 0
 
@@ -101,7 +101,7 @@ class ToolReader:
             pieces += self._parser.finish()
         deltas = [delta for piece in pieces for delta in self._deltas(piece)]
         if is_last and self._blank and not self.num_calls:
-            deltas.append({"content": self._blank})
+            deltas.append({"content": "".join(self._blank)})
         return deltas
 
     def finish_reason(self, reason: str | None) -> str | None:
@@ -110,10 +110,10 @@ class ToolReader:
 
     def _deltas(self, piece: Piece) -> Iterator[dict[str, Any]]:
         if isinstance(piece, str):
-            self._blank += piece
-            if self._blank.strip():
-                content, self._blank = self._blank, ""
-                yield {"content": content}
+            self._blank.append(piece)
+            if piece.strip():
+                yield {"content": "".join(self._blank)}
+                self._blank.clear()
         elif piece.index < self._most_calls:
             call: dict[str, Any] = {"index": piece.index, "function": {"arguments": piece.arguments}}
             if piece.name is not None:
@@ -155,15 +155,20 @@ def some_call(tools: list[Tool], most_calls: int) -> ToolUse:
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": tool.function.name}, "parameters": _parameters(tool)},
+            "properties": {"name": {"const": tool.function.name}, "parameters": {"$ref": f"#/$defs/{number}"}},
             "required": ["name", "parameters"],
             "additionalProperties": False,
         }
-        for tool in tools
+        for number, tool in enumerate(tools)
     ]
-    schema = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": most_calls}
-    definitions = _definitions(tools)
-    return ToolUse(JsonCalls, StructuredOutputs(json={**schema, **definitions}), most_calls)
+    schema = {
+        "type": "array",
+        "items": {"anyOf": calls},
+        "minItems": 1,
+        "maxItems": most_calls,
+        "$defs": {str(number): _moved(_parameters(tool), f"#/$defs/{number}") for number, tool in enumerate(tools)},
+    }
+    return ToolUse(JsonCalls, StructuredOutputs(json=schema), most_calls)
 
 
 def _parameters(tool: Tool) -> dict[str, Any]:
@@ -171,16 +176,15 @@ def _parameters(tool: Tool) -> dict[str, Any]:
     return {**_ANYTHING, **given} if given else {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-def _definitions(tools: list[Tool]) -> dict[str, Any]:
-    """What the tools' schemas refer to at their roots, which lie deeper in the whole.
-
-    Raises:
-        ValueError: two of them mean different things by one name.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for tool in tools:
-        for place in ("$defs", "definitions"):
-            for name, schema in ((tool.function.parameters or {}).get(place) or {}).items():
-                if found.setdefault(place, {}).setdefault(name, schema) != schema:
-                    raise ValueError(f"tools: two functions define {place}/{name} differently")
-    return dict(found)
+def _moved(schema: Any, root: str) -> Any:
+    """A schema whose references to its own root lead to where that lies now."""
+    if isinstance(schema, list):
+        return [_moved(value, root) for value in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: root + value[1:]
+        if key == "$ref" and isinstance(value, str) and value.startswith("#")
+        else _moved(value, root)
+        for key, value in schema.items()
+    }

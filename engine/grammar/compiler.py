@@ -56,15 +56,18 @@ class GrammarCompiler:
             self._tokenizer = LLTokenizer(
                 self._read_tokenizer(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
             )
-        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
-        tried = matcher if matcher.is_error() else matcher.deep_copy()
-        if tried is not matcher:
-            # What nothing satisfies shows with the first mask only.
-            mask = np.zeros(-(-self._vocab_size // 32), np.int32)
-            tried.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        told = [tried.get_error(), *matcher.get_grammar_warnings()]
+        try:
+            matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        except BaseException as error:  # what Rust panics with is no Exception
+            raise ValueError(f"the library failed: {error}") from None
+        told = [matcher.get_error(), *matcher.get_grammar_warnings()]
         if any(told):
-            raise ValueError("; ".join(_plain(str(text)) for text in told if text))
+            raise ValueError("; ".join(_plain(str(text), source) for text in told if text))
+        # What nothing satisfies shows with the first mask only.
+        mask, tried = np.zeros(-(-self._vocab_size // 32), np.int32), matcher.deep_copy()
+        tried.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if tried.is_error() or not mask.any():
+            raise ValueError("no answer fits it, or it is too complex")
         return matcher
 
     def _remember(self, source: str, compiled: LLMatcher) -> None:
@@ -88,7 +91,12 @@ def _deep_thread() -> ThreadPoolExecutor:
         threading.stack_size(before)
 
 
-def _plain(message: str) -> str:
-    """The library's complaint without its place in a source that the client has not seen."""
+def _plain(message: str, source: str) -> str:
+    """The library's complaint; its place in the source only where that is the client's own text."""
     message = re.split(r"\n\s*\d+ \|", message)[0]
-    return " ".join(re.sub(r"^(at )?\d+\(\d+\): ", "", message).split())
+    message = message.replace(". Enable 'coerce_one_of' option to approximate oneOf with anyOf", "")
+    place = re.match(r"(?:at )?(\d+)\(\d+\): ", message)
+    if place is not None:
+        is_ours = '"%llguidance' in source  # our options stand before what we wrote, and behind what the client did
+        message = message[place.end() :] if is_ours else f"line {place[1]}: {message[place.end() :]}"
+    return " ".join(message.split())

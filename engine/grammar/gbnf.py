@@ -85,20 +85,24 @@ class _Parser:
         if not _NAME.match(self._text, self._at):
             self._fail(f"{char!r} is not expected here")
         name = self._name()
-        self._used.setdefault(name, self._line)
+        if name not in self._used:
+            self._used[name] = self._line
         return self._id(name)
 
     def _repeated(self, item: str) -> str:
         """An item with the repeats behind it."""
         self._skip()
-        while (char := self._peek()) and char in "*+?{":
+        for _ in range(_DEEPEST):
+            char = self._peek()
+            if not char or char not in "*+?{":
+                return item
             if char == "{":
                 char = self._counts()
             else:
                 self._at += 1
             item = f"({item}){char}"
             self._skip()
-        return item
+        self._fail(f"more than {_DEEPEST - 1} repeats of one another")
 
     def _counts(self) -> str:
         found = _REPEAT.match(self._text, self._at)

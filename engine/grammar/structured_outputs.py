@@ -52,6 +52,7 @@ class StructuredOutputs:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name} must be a string that is not empty")
+            _check_size(name, len(value or ""))
         if self.choice is not None:
             self._check_choice(self.choice)
         if (self.disable_any_whitespace or self.whitespace_pattern) and self.json is None and not self.json_object:
@@ -68,9 +69,11 @@ class StructuredOutputs:
         Raises:
             ValueError: it is too large, or cannot be put so.
         """
-        source = json.dumps(self._grammars())
-        if len(source) > _MOST_BYTES:
-            raise ValueError(f"{self.kind} takes {len(source)} bytes: at most {_MOST_BYTES} are allowed")
+        try:
+            source = json.dumps(self._grammars())
+        except (TypeError, RecursionError) as error:
+            raise ValueError(f"{self.kind} cannot be written as JSON: {error}") from None
+        _check_size(self.kind, len(source))
         return source
 
     def _check_choice(self, choice: Any) -> None:
@@ -78,12 +81,16 @@ class StructuredOutputs:
             raise ValueError("choice must be a list of strings")
         if not 0 < len(choice) <= _MOST_CHOICES or not all(choice):
             raise ValueError(f"choice must hold 1 to {_MOST_CHOICES} strings, none of them empty")
+        _check_size("choice", sum(map(len, choice)))
 
     def _grammars(self) -> dict[str, Any]:
         if self.json is not None or self.json_object:
             return self._json_grammars(self._schema())
         if self.grammar is not None:
-            return _lark(gbnf.to_lark(self.grammar) if gbnf.is_gbnf(self.grammar) else self.grammar)
+            if gbnf.is_gbnf(self.grammar):
+                return _lark(gbnf.to_lark(self.grammar))
+            # The client's own text comes first, so that lines are counted as the client does.
+            return {"grammars": [{"lark_grammar": f"{self.grammar}\n{_OPTIONS}"}]}
         if self.choice is not None:
             return _lark(f"start: /{'|'.join(map(_escaped, self.choice))}/")
         assert self.regex is not None
@@ -92,9 +99,10 @@ class StructuredOutputs:
     def _schema(self) -> dict[str, Any]:
         schema: Any = {"type": "object"} if self.json is None else self.json
         if isinstance(schema, str):
+            _check_size("json", len(schema))
             try:
                 schema = json.loads(schema)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"json is no valid JSON: {error}") from None
         if schema is True:
             return {}
@@ -110,6 +118,11 @@ class StructuredOutputs:
         options = {"lenient": False, "coerce_one_of": False, **white_space}
         body = {"name": "body", "json_schema": {**schema, "x-guidance": options}}
         return {"grammars": [{"lark_grammar": f"{_OPTIONS}start: @body"}, body]}
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > _MOST_BYTES:
+        raise ValueError(f"{name} takes {size} bytes: at most {_MOST_BYTES} are allowed")
 
 
 def _lark(text: str) -> dict[str, Any]:

@@ -104,7 +104,8 @@ class GrammarMasks:
         """(answers, vocabulary) bool, on the device."""
         words = np.full((len(answers), -(-self._vocab_size // 32)), -1, np.int32)
         open_rows = [(answer.matcher, row) for row, answer in enumerate(answers) if not answer.has_ended]
-        self._executor.unsafe_compute_mask_ptr(open_rows, words.ctypes.data, words.shape[1] * 4, len(words))
+        if open_rows:  # the library refuses to do nothing
+            self._executor.unsafe_compute_mask_ptr(open_rows, words.ctypes.data, words.shape[1] * 4, len(words))
         for answer in answers:
             if answer.matcher.is_error() and not answer.has_ended:
                 self._failed[answer.request_id] = "its grammar became too complex"
