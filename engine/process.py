@@ -113,12 +113,21 @@ def _receive_until_stop(inbox: zmq.Socket[bytes], received: _Inbox, core: Engine
     # the same way, lest it be there before the request.
     compiling = ThreadPoolExecutor(1, thread_name_prefix="compile")
 
+    gone: set[str] = set()
+    """Requests that were given up, perhaps while they wait to be compiled."""
+
     def compiled(request: EngineRequest) -> None:
+        if request.request_id in gone:
+            return
         try:
             with contextlib.suppress(ValueError):  # which comes again, and is told, where the request is taken in
                 core.check(request)
         finally:
             received.put((ADD, request))
+
+    def forget(given_up: list[str]) -> None:
+        gone.difference_update(given_up)
+        received.put((ABORT, given_up))
 
     requests = msgspec.msgpack.Decoder(EngineRequest)
     names = msgspec.msgpack.Decoder(list[str])
@@ -131,7 +140,9 @@ def _receive_until_stop(inbox: zmq.Socket[bytes], received: _Inbox, core: Engine
             else:
                 compiling.submit(compiled, request)
         elif kind == ABORT:
-            compiling.submit(received.put, (kind, names.decode(payload)))
+            given_up = names.decode(payload)
+            gone.update(given_up)
+            compiling.submit(forget, given_up)
         else:
             received.put((kind, None))
         if kind == STOP:

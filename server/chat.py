@@ -50,8 +50,9 @@ async def start_chat(state: ServerState, body: ChatCompletionRequest, arrived: f
     use = body.tool_use(state.args.tool_call_parser)
     with _max_tokens_as_given(body):
         params = body.params(state.config.sampling_defaults, use)
+    # Before a place is claimed: checking may take long, and holds up nobody else.
+    grammar = await state.grammar(params, body.form_field if use is None or use.form is None else "tools")
     with state.engine.admission(params.n):
-        grammar = await state.grammar(params, body.form_field if use is None or use.form is None else "tools")
         prompt = await chat_prompt(state, body)
         body.messages = []  # which may hold large images, and are not needed while the answer runs or waits
         bad_words = await state.bad_words(params)

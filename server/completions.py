@@ -49,8 +49,8 @@ async def _start(state: ServerState, body: CompletionRequest, arrived: float) ->
     body.check_served()
     given = body.prompts()
     params = body.params(state.config.sampling_defaults)
+    grammar = await state.grammar(params, body.form_field)
     with state.engine.admission(params.n * len(given)):
-        grammar = await state.grammar(params, body.form_field)
         prompts = await asyncio.gather(*(_prompt(state, body, prompt) for prompt in given))
         limits = [_limit(state, body, params, prompt) for prompt in prompts]
         params.check_vocab(state.config.vocab_size)

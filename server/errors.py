@@ -33,6 +33,7 @@ _ANTHROPIC_TYPES = {
 }
 _UNION_TAGS = ("text", "image", "image_url", "base64", "url", "other")
 """Of content parts and of the sources of images."""
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")
 _RETRY_SECONDS = "1"
 _LONGEST_VALUE = 100
 _LONGEST_MESSAGE = 1000
@@ -52,6 +53,7 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         message = message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + "…"
+        message = _ADDRESS.sub("0x…", message)  # which a client's template may print
         super().__init__(message)
         self.status = status
         self.message = message
@@ -136,7 +138,9 @@ def install_handlers(app: FastAPI) -> None:
             error = ApiError(error.status_code, message, headers=error.headers)
         told = from_exception(error)
         # Not the message, which may quote what the client sent.
-        logger.info("%s %s refused: %d, %s", request.method, request.url.path, told.status, told.param or told.code)
+        logger.info(
+            "%s %s refused: %d, %s", request.method, ascii(request.url.path)[1:-1], told.status, told.param or told.code
+        )
         return told.response(request.scope)
 
     for kind in (ApiError, HTTPException, ValidationError, ValueError, QueueFullError, EngineDeadError, Exception):

@@ -4,39 +4,58 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 
+from engine.errors import QueueFullError
 from engine.grammar.compiler import GrammarCompiler
 from server.killable import KillableWorker
 
 _SECONDS = 2.0
 _REMEMBERED = 4096
+_MOST_WAITING = 8
+"""Grammars that are checked one after the other, before those that come are told to come again."""
 
 
 class GrammarChecker:
-    """Remembers the newest that were good; arguments as of `GrammarCompiler`, but the tokenizer's JSON itself."""
+    """Remembers what it found of the newest; arguments as of `GrammarCompiler`, but the tokenizer's JSON itself."""
 
     def __init__(self, tokenizer: str, vocab_size: int, eos_token_ids: list[int]) -> None:
         self._worker = KillableWorker(make_checker, tokenizer, vocab_size, eos_token_ids, seconds=_SECONDS)
-        self._good: OrderedDict[bytes, None] = OrderedDict()
+        self._found: OrderedDict[bytes, str | None] = OrderedDict()
+        """What is wrong with a grammar; None: nothing."""
+        self._num_waiting = 0
 
     async def check(self, source: str) -> None:
         """Compile a grammar.
 
         Raises:
             ValueError: it is wrong, asks for what cannot be enforced, or is too much work.
+            QueueFullError: too many wait to be checked.
         """
         digest = hashlib.sha256(source.encode()).digest()
-        if digest in self._good:
-            self._good.move_to_end(digest)
-            return
+        if digest not in self._found:
+            found = await self._in_turn(source)
+            self._found[digest] = found
+        self._found.move_to_end(digest)
+        if len(self._found) > _REMEMBERED:
+            self._found.popitem(last=False)
+        wrong = self._found[digest]
+        if wrong is not None:
+            raise ValueError(wrong)
+
+    async def _in_turn(self, source: str) -> str | None:
+        if self._num_waiting >= _MOST_WAITING:
+            raise QueueFullError
+        self._num_waiting += 1
         try:
             await self._worker.run(source)
         except TimeoutError:
-            raise ValueError(f"it takes more than {_SECONDS:g} s to compile") from None
+            return f"it takes more than {_SECONDS:g} s to compile"
         except EOFError:
-            raise ValueError("it takes too much memory to compile, or is nested too deep") from None
-        self._good[digest] = None
-        if len(self._good) > _REMEMBERED:
-            self._good.popitem(last=False)
+            return "it takes too much memory to compile, or is nested too deep"
+        except ValueError as error:
+            return str(error)
+        finally:
+            self._num_waiting -= 1
+        return None
 
     def kill(self) -> None:
         """End the process, if there is one."""

@@ -16,6 +16,8 @@ _START_SECONDS = 60.0
 _MEMORY_BYTES = 2 << 30
 """That the process may take beside what it has when it is ready."""
 
+_LONGEST_ERROR = 2000
+
 Work = Callable[..., Any]
 
 
@@ -59,7 +61,7 @@ class KillableWorker:
         """End the process, if there is one. A thread that waits for it finds its connection ended."""
         if self._process is not None:
             self._process.kill()
-            self._process.join()
+            self._thread.submit(self._process.join)  # giving memory back may take a while
             self._process = None
 
     def _exchange(self, args: tuple[Any, ...]) -> Any:
@@ -96,7 +98,7 @@ def _main(connection: Connection, make_work: Callable[..., Work], args: tuple[An
             try:
                 connection.send((work(*given), None))
             except Exception as error:
-                connection.send((None, str(error) or type(error).__name__))
+                connection.send((None, str(error)[:_LONGEST_ERROR] or type(error).__name__))
 
 
 def _limit_memory() -> None:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _DEFINITION = re.compile(r"[A-Za-z0-9_-]+[ \t]*::=")
-_REPEAT = re.compile(r"\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}")
+_REPEAT = re.compile(r"\{\s*+(\d*+)\s*+(,?)\s*+(\d*+)\s*+\}")  # possessive: a failed match must not try all splits
 _COMMENT = re.compile(r"(?:\s|#[^\n]*)*")
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "0": "\0", "a": "\a", "b": "\b", "f": "\f", "v": "\v"}
 _HEX_DIGITS = {"x": 2, "u": 4, "U": 8}

@@ -89,6 +89,8 @@ class StructuredOutputs:
         if self.grammar is not None:
             if gbnf.is_gbnf(self.grammar):
                 return _lark(gbnf.to_lark(self.grammar))
+            if "%llguidance" in self.grammar:
+                raise ValueError("grammar sets options of the library, which are the server's to choose")
             # The client's own text comes first, so that lines are counted as the client does.
             return {"grammars": [{"lark_grammar": f"{self.grammar}\n{_OPTIONS}"}]}
         if self.choice is not None:

@@ -1,20 +1,22 @@
 """Which tokens may come next in answers that must have a certain form."""
 
-import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from llguidance import LLExecutor, LLMatcher
+from llguidance import LLMatcher
 from torch import Tensor
 
 from engine.grammar.compiler import GrammarCompiler
 from engine.worker.input_batch import InputBatch, Slot
 from engine.worker.pending import PendingStep
 
-_MOST_THREADS = 8
+_SECONDS = 0.25
+_SECONDS_A_TOKEN = 0.005
+"""A usual grammar takes 0.01 to 0.1 ms a token, all of JSON as GBNF 0.7 ms."""
 _Ints = npt.NDArray[np.int64]
 
 
@@ -28,13 +30,28 @@ class _Answer:
     in_flight: tuple[PendingStep, int] | None = None
     """The launched step that brings the newest token, and its place there."""
     has_ended: bool = False
+    seconds_left: float = _SECONDS
+    """That its grammar may still take: all others' tokens wait for it."""
 
     def take(self, token: int) -> None:
         """Go on by one token. The library is not told of an end: its own account of what follows would be off."""
         if self.has_ended or token in self.eos_token_ids:
             self.has_ended = True
         else:
+            started = time.thread_time()
             self.matcher.consume_token(token)
+            self.seconds_left += _SECONDS_A_TOKEN + started - time.thread_time()
+
+    def fill(self, words: npt.NDArray[np.int32]) -> None:
+        """Set the bits of the tokens that may come next: (vocabulary / 32) words."""
+        started = time.thread_time()
+        self.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        self.seconds_left += started - time.thread_time()
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether the library gave up, or took too long."""
+        return self.seconds_left < 0 or bool(self.matcher.is_error())
 
 
 class GrammarMasks:
@@ -48,7 +65,6 @@ class GrammarMasks:
         self._batch = batch
         self._compiler = compiler
         self._vocab_size = vocab_size
-        self._executor = LLExecutor(num_threads=min(_MOST_THREADS, os.cpu_count() or 1))
         self._answers: dict[int, _Answer] = {}
         self._failed: dict[str, str] = {}
         self._bits = torch.arange(32, dtype=torch.int32, device=batch.device)
@@ -103,12 +119,11 @@ class GrammarMasks:
     def _allowed(self, answers: Sequence[_Answer]) -> Tensor:
         """(answers, vocabulary) bool, on the device."""
         words = np.full((len(answers), -(-self._vocab_size // 32)), -1, np.int32)
-        open_rows = [(answer.matcher, row) for row, answer in enumerate(answers) if not answer.has_ended]
-        if open_rows:  # the library refuses to do nothing
-            self._executor.unsafe_compute_mask_ptr(open_rows, words.ctypes.data, words.shape[1] * 4, len(words))
-        for answer in answers:
-            if answer.matcher.is_error() and not answer.has_ended:
-                self._failed[answer.request_id] = "its grammar became too complex"
+        for answer, row in zip(answers, words, strict=True):
+            if not answer.has_ended:
+                answer.fill(row)
+                if answer.is_hopeless:
+                    self._failed[answer.request_id] = "its grammar became too complex"
         packed = self._batch.upload(words)
         bits = (packed.unsqueeze(-1) >> self._bits) & 1
         return bits.flatten(1)[:, : self._vocab_size].bool()

@@ -79,12 +79,12 @@ def counting(monkeypatch: pytest.MonkeyPatch, compiler: GrammarCompiler) -> list
 def test_the_newest_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = GrammarCompiler(tokenizer_json, VOCAB, [EOS_ID])
     sources = [StructuredOutputs(choice=[f"{number} {'x' * 50}"]).source() for number in range(4)]
-    monkeypatch.setattr(compiler, "_room", sum(map(len, sources[:3])) + 10)
+    monkeypatch.setattr(compiler, "_bytes_left", sum(map(len, sources[:3])) + 10)
     seen = counting(monkeypatch, compiler)
     for number in (0, 1, 2, 0, 3, 0, 2, 1):  # 3 drives out 1, the one longest unused
         compiler.matcher(sources[number])
     assert [sources.index(source) for source in seen] == [0, 1, 2, 3, 1]
-    assert len(compiler._compiled) == 3 and compiler._room >= 0
+    assert len(compiler._compiled) == 3 and compiler._bytes_left >= 0
 
 
 def test_what_was_refused_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,3 +127,25 @@ def test_a_failure_of_the_library_is_an_error_of_the_grammar(
     monkeypatch.setattr(compiler_module, "LLMatcher", panic)
     with pytest.raises(ValueError, match="no"):
         compiler.matcher(json.dumps({"grammars": []}))
+
+
+def test_what_took_long_is_forgotten_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes memory as it takes time: an 80 x 80 schema of 8 kB some 16 MB."""
+    compiler = GrammarCompiler(tokenizer_json, VOCAB, [EOS_ID])
+    monkeypatch.setattr(compiler, "_seconds_left", 1e-9)
+    source = StructuredOutputs(choice=["a"]).source()
+    compiler.matcher(source)
+    assert source not in compiler._compiled
+    monkeypatch.setattr("engine.grammar.compiler._MOST_SECONDS", 0.0)
+    with pytest.raises(ValueError, match="s to compile"):
+        compiler.matcher(source)
+
+
+def test_a_repeat_that_is_none_is_seen_at_once() -> None:
+    with pytest.raises(ValueError, match="is expected"):
+        StructuredOutputs(grammar='root ::= "a"{' + " " * 100_000 + "x").source()
+
+
+def test_clients_do_not_choose_the_library_s_options() -> None:
+    with pytest.raises(ValueError, match="options of the library"):
+        StructuredOutputs(grammar='%llguidance {"no_forcing": false}\nstart: "a"').source()

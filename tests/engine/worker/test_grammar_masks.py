@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from engine.grammar.structured_outputs import StructuredOutputs
 from engine.messages import EngineRequest
 from engine.sampling_params import SamplingParams
 from engine.step import NewRequest
+from engine.worker import grammar_masks
 from engine.worker.grammar_masks import GrammarMasks
 from engine.worker.input_batch import InputBatch
 from engine.worker.pending import PendingStep
@@ -126,6 +128,16 @@ def test_what_fails_is_told_once() -> None:
         bench.launched({slot: A})
     assert failed == {"big": "its grammar became too complex"} and not bench.masks.take_failed()
     assert bench.allowed(other) == [ids("b")]
+
+
+def test_a_grammar_that_takes_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All others wait for its masks."""
+    bench = Bench()
+    slot, other = bench.add("slow", "a+"), bench.add("other", "b")
+    bench.masks._answers[slot].seconds_left = 0.0
+    monkeypatch.setattr(grammar_masks, "_SECONDS_A_TOKEN", 0.0)
+    bench.allowed(slot, other)
+    assert set(bench.masks.take_failed()) == {"slow"}
 
 
 def test_many_rows_at_once() -> None:
