@@ -1,6 +1,8 @@
 """Checks the grammars that clients bring where no harm can come of it: some take the compiler very long, or kill it."""
 
 import hashlib
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -10,7 +12,9 @@ from server.killable import KillableWorker
 
 _SECONDS = 2.0
 _REMEMBERED = 4096
-_MOST_WAITING = 8
+_TIMEOUT_REMEMBERED_SECONDS = 60.0
+"""The machine may have been busy."""
+_MOST_WAITING = 64
 """Grammars that are checked one after the other, before those that come are told to come again."""
 
 
@@ -19,8 +23,8 @@ class GrammarChecker:
 
     def __init__(self, tokenizer: str, vocab_size: int, eos_token_ids: list[int]) -> None:
         self._worker = KillableWorker(make_checker, tokenizer, vocab_size, eos_token_ids, seconds=_SECONDS)
-        self._found: OrderedDict[bytes, str | None] = OrderedDict()
-        """What is wrong with a grammar; None: nothing."""
+        self._found: OrderedDict[bytes, tuple[str | None, float]] = OrderedDict()
+        """What is wrong with a grammar, None for nothing, and until when that holds."""
         self._num_waiting = 0
 
     async def check(self, source: str) -> None:
@@ -31,31 +35,32 @@ class GrammarChecker:
             QueueFullError: too many wait to be checked.
         """
         digest = hashlib.sha256(source.encode()).digest()
-        if digest not in self._found:
-            found = await self._in_turn(source)
-            self._found[digest] = found
+        wrong, until = self._found.get(digest, (None, 0.0))
+        if time.monotonic() >= until:
+            wrong, seconds = await self._in_turn(source)
+            self._found[digest] = wrong, time.monotonic() + seconds
         self._found.move_to_end(digest)
         if len(self._found) > _REMEMBERED:
             self._found.popitem(last=False)
-        wrong = self._found[digest]
         if wrong is not None:
             raise ValueError(wrong)
 
-    async def _in_turn(self, source: str) -> str | None:
+    async def _in_turn(self, source: str) -> tuple[str | None, float]:
+        """What is wrong, and for how many seconds that is to be remembered."""
         if self._num_waiting >= _MOST_WAITING:
             raise QueueFullError
         self._num_waiting += 1
         try:
             await self._worker.run(source)
         except TimeoutError:
-            return f"it takes more than {_SECONDS:g} s to compile"
+            return f"it takes more than {_SECONDS:g} s to compile", _TIMEOUT_REMEMBERED_SECONDS
         except EOFError:
-            return "it takes too much memory to compile, or is nested too deep"
+            return "it takes too much memory to compile, or is nested too deep", 0.0
         except ValueError as error:
-            return str(error)
+            return str(error), math.inf
         finally:
             self._num_waiting -= 1
-        return None
+        return None, math.inf
 
     def kill(self) -> None:
         """End the process, if there is one."""

@@ -1,6 +1,7 @@
 """OpenAI's requests, with the extensions that vLLM made usual. What is not served is refused here."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -382,6 +383,10 @@ class ChatCompletionRequest(TemplateFields, SamplingFields):
         self.check_template_fields()
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
             raise ValueError("tool_choice demands a call, but there are no tools")
+        names = Counter(tool.function.name for tool in self.tools or [])
+        for name, count in names.items():
+            if count > 1:
+                raise ValueError(f"tools holds the function {name!r} twice")
         if self.echo:
             raise ValueError("echo is not available for chat: use it with completions")
         if self.top_logprobs and not self.logprobs:

@@ -100,9 +100,8 @@ class ToolReader:
         if is_last:
             pieces += self._parser.finish()
         deltas = [delta for piece in pieces for delta in self._deltas(piece)]
-        if is_last and self._blank and not self.num_calls:
-            deltas.append({"content": "".join(self._blank)})
-        return deltas
+        blank = "".join(self._blank) if is_last and not self.num_calls else ""
+        return [*deltas, {"content": blank}] if blank else deltas
 
     def finish_reason(self, reason: str | None) -> str | None:
         """OpenAI's, for the engine's."""
@@ -110,10 +109,11 @@ class ToolReader:
 
     def _deltas(self, piece: Piece) -> Iterator[dict[str, Any]]:
         if isinstance(piece, str):
-            self._blank.append(piece)
-            if piece.strip():
-                yield {"content": "".join(self._blank)}
+            text = piece.rstrip()
+            if text:
+                yield {"content": "".join([*self._blank, text])}
                 self._blank.clear()
+            self._blank.append(piece[len(text) :])
         elif piece.index < self._most_calls:
             call: dict[str, Any] = {"index": piece.index, "function": {"arguments": piece.arguments}}
             if piece.name is not None:

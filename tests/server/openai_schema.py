@@ -60,6 +60,18 @@ _CHAT_LOGPROBS = _object(
 )
 _FINISH_REASON: Schema = {"enum": ["stop", "length", "tool_calls", "content_filter", "function_call"]}
 
+_TOOL_CALL = _object(
+    {"id": STRING, "type": {"const": "function"}, "function": _object({"name": STRING, "arguments": STRING})}
+)
+_TOOL_CALL_CHUNK = _object(
+    {"index": COUNT},
+    {
+        "id": STRING,
+        "type": {"const": "function"},
+        "function": _object({}, {"name": STRING, "arguments": STRING}),
+    },
+)
+
 CHAT_COMPLETION = _object(
     _HEAD
     | {
@@ -70,7 +82,8 @@ CHAT_COMPLETION = _object(
                     "finish_reason": _FINISH_REASON,
                     "index": COUNT,
                     "message": _object(
-                        {"role": {"const": "assistant"}, "content": _or_null(STRING), "refusal": _or_null(STRING)}
+                        {"role": {"const": "assistant"}, "content": _or_null(STRING), "refusal": _or_null(STRING)},
+                        {"tool_calls": _array(_TOOL_CALL) | {"minItems": 1}},
                     ),
                     "logprobs": _or_null(_CHAT_LOGPROBS),
                 },
@@ -94,6 +107,7 @@ CHAT_COMPLETION_CHUNK = _object(
                             "role": {"enum": ["developer", "system", "user", "assistant", "tool"]},
                             "content": _or_null(STRING),
                             "refusal": _or_null(STRING),
+                            "tool_calls": _array(_TOOL_CALL_CHUNK) | {"minItems": 1},
                         },
                     ),
                     "finish_reason": _or_null(_FINISH_REASON),
