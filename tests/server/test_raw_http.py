@@ -144,7 +144,7 @@ CODED: list[tuple[bytes, str]] = [
     (BODY.decode().encode("utf-16"), "X-Nothing: x"),
     (BODY.decode().encode("utf-16-le"), "Content-Type: application/json; charset=utf-16"),
     (BODY.decode().encode("utf-32"), "X-Nothing: x"),
-    (gzip.compress(BODY), "Content-Encoding: gzip"),
+    (gzip.compress(BODY, mtime=0), "Content-Encoding: gzip"),
     (b"\x1f\x8b" + BODY, "Content-Encoding: deflate"),
     (BODY.replace(b"Hi", b"\xff"), "X-Nothing: x"),
     (BODY.replace(b"Hi", b"\xed\xa0\x80"), "X-Nothing: x"),
