@@ -1,10 +1,14 @@
 """The engine process's loop, with a core that only notes what it is told."""
 
 import queue
+import threading
 from typing import Any
 
-from engine.messages import EngineOutput, EngineOutputs, SchedulerStats
-from engine.process import ABORT, ADD, STOP, _loop
+import msgspec
+
+from engine.messages import EngineOutput, EngineOutputs, EngineRequest, SchedulerStats
+from engine.process import ABORT, ADD, STOP, _loop, _receive_until_stop
+from engine.sampling_params import SamplingParams
 
 
 class Core:
@@ -76,3 +80,43 @@ def test_when_all_have_left_the_queues_are_told() -> None:
     told, sent = run((ADD, "a"), (ABORT, ["a"]), sends=1)
     assert told == ["add a", "abort a"]
     assert sent == [EngineOutputs([], SchedulerStats())]
+
+
+class Compiling:
+    """A core that compiles grammars for as long as the test wants, or fails."""
+
+    def __init__(self) -> None:
+        self.may_go_on = threading.Event()
+
+    def check(self, request: EngineRequest) -> None:
+        assert self.may_go_on.wait(10)
+        if request.grammar == "bad":
+            raise ValueError("bad")
+        if request.grammar == "fatal":
+            raise BaseException("no error that anybody expects")
+
+
+def message(name: str, grammar: str | None) -> list[bytes]:
+    return [ADD, msgspec.msgpack.encode(EngineRequest(name, [1], SamplingParams(), 1, 0, grammar=grammar))]
+
+
+def test_compiling_holds_up_nothing_but_what_comes_behind_it() -> None:
+    """A request without a grammar overtakes; what gives one up comes after it, lest it be unknown."""
+    received, core = queue.SimpleQueue[Any](), Compiling()
+
+    class Inbox:
+        messages = iter([
+            message("good", "good"), message("bad", "bad"), message("fatal", "fatal"),
+            [ABORT, msgspec.msgpack.encode(["good"])], message("plain", None), [STOP, msgspec.msgpack.encode(None)],
+        ])  # fmt: skip
+
+        def recv_multipart(self) -> list[bytes]:
+            return next(self.messages)
+
+    _receive_until_stop(Inbox(), received, core)  # type: ignore[arg-type]
+    first = [received.get(timeout=5) for _ in range(2)]
+    assert [kind for kind, _ in first] == [ADD, STOP] and first[0][1].request_id == "plain"
+    core.may_go_on.set()
+    others = [received.get(timeout=5) for _ in range(4)]
+    assert [payload.request_id for _, payload in others[:3]] == ["good", "bad", "fatal"]
+    assert others[3] == (ABORT, ["good"])
