@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def _serve(args: argparse.Namespace, load: Load) -> Any:
         rate=args.rate,
         max_tokens=args.max_tokens,
         ignore_eos=args.ignore_eos,
+        schema=args.json_schema,
     )
     summary = asyncio.run(measure(settings))
     print(show(summary))
@@ -79,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--warmup", type=int, default=4, help="requests before that (default: 4)")
     serve.add_argument("--concurrency", type=_positive, default=16, help="requests at once (default: 16)")
     serve.add_argument("--rate", type=float, help="requests a second, at random times, instead of --concurrency")
-    serve.add_argument("--ignore-eos", action="store_true", help="make every answer --max-tokens long")
+    ends = serve.add_mutually_exclusive_group()
+    ends.add_argument("--ignore-eos", action="store_true", help="make every answer --max-tokens long")
+    ends.add_argument("--json-schema", type=_schema, metavar="FILE", help="of a schema that every answer has to fit")
     latency = kinds.add_parser("latency", help="time one batch in this process")
     latency.add_argument("--batch-size", type=_positive, default=1, help="requests of a batch (default: 1)")
     latency.add_argument("--iterations", type=_positive, default=10, help="batches to time (default: 10)")
@@ -101,6 +105,16 @@ def _parser() -> argparse.ArgumentParser:
             add_flag(group, flag)
     serve.add_argument("--seed", type=int, default=0, help="of pictures, questions and arrivals (default: 0)")
     return parser
+
+
+def _schema(given: str) -> dict[str, Any]:
+    try:
+        schema = json.loads(Path(given).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{given!r} cannot be read: {error}") from error
+    if not isinstance(schema, dict):
+        raise argparse.ArgumentTypeError(f"{given!r} holds no JSON object")
+    return schema
 
 
 def _positive(given: str) -> int:

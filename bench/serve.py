@@ -38,6 +38,8 @@ class ServeSettings:
     max_tokens: int = 128
     ignore_eos: bool = False
     """Whether every answer must have `max_tokens` tokens."""
+    schema: dict[str, Any] | None = None
+    """A JSON schema that every answer has to fit."""
     timeout_s: float = 600.0
 
 
@@ -92,6 +94,10 @@ def _bodies(settings: ServeSettings, model: str, part: int, count: int) -> list[
     }  # fmt: skip
     if settings.ignore_eos:
         common |= {"ignore_eos": True, "min_tokens": settings.max_tokens}
+
+    if settings.schema is not None:
+        described = {"name": "answer", "strict": True, "schema": settings.schema}
+        common["response_format"] = {"type": "json_schema", "json_schema": described}
 
     def build(index: int) -> bytes:
         return json.dumps({**common, "messages": messages(settings.load, part, index)}).encode()

@@ -37,6 +37,24 @@ def test_serve(launch: Launch, tmp_path: Path, arrival: tuple[str, str]) -> None
     assert 0 < found["ttft_ms"]["p50"] < found["e2e_ms"]["p50"] <= 1000 * found["duration_s"]
 
 
+def test_serve_answers_of_a_form(launch: Launch, tmp_path: Path) -> None:
+    """Each answer has as many tokens as its only form takes, whatever the model would say."""
+    server = launch(DEMO_MODEL)
+    schema, file = tmp_path / "schema.json", tmp_path / "figures.json"
+    load = ("--base-url", server.url, "--requests", "3", "--warmup", "1", "--image", "none", "--json-schema", schema)
+    schema.write_text('{"const": 12345}')
+    done = run("serve", *load, "--max-tokens", "40", "--json", file)
+    assert done.returncode == 0, done.stderr
+    assert "3 of 3 completed, 0 errors" in done.stdout
+    assert result(file)["output_tokens_per_s"] * result(file)["duration_s"] <= 3 * 8
+    schema.write_text('{"not": {}}')
+    done = run("serve", *load)
+    assert done.returncode == 1 and "the warm-up failed" in done.stderr and "not" in done.stderr
+    schema.write_text("[]")
+    done = run("serve", *load)
+    assert done.returncode == 2 and "holds no JSON object" in done.stderr
+
+
 def test_latency_and_throughput(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     common = ("--image", "64x48", "--max-tokens", "5", "--device", "cpu", "--json", file)

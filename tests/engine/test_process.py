@@ -2,15 +2,18 @@
 
 import os
 import queue
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 
-from engine.messages import EngineOutput, EngineOutputs, SchedulerStats
-from engine.process import ABORT, ADD, STOP, _loop, _receive, _send
+from engine.messages import EngineOutput, EngineOutputs, EngineRequest, SchedulerStats
+from engine.process import ABORT, ADD, STOP, _loop, _receive, _receive_until_stop, _send
+from engine.sampling_params import SamplingParams
 
 
 class Core:
@@ -98,3 +101,62 @@ def test_a_thread_that_fails_ends_the_process(
         broken.close()
         work(broken, waiting)
     assert statuses == [1] and "can no longer be" in caplog.text
+
+
+class Compiling:
+    """A core that compiles grammars for as long as the test wants, or fails."""
+
+    def __init__(self) -> None:
+        self.has_begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def check(self, request: EngineRequest) -> None:
+        self.has_begun.set()
+        assert self.may_go_on.wait(10)
+        if request.grammar == "bad":
+            raise ValueError("bad")
+        if request.grammar == "fatal":
+            raise BaseException("no error that anybody expects")
+
+
+def message(name: str, grammar: str | None) -> list[bytes]:
+    return [ADD, msgspec.msgpack.encode(EngineRequest(name, [1], SamplingParams(), 1, 0, grammar=grammar))]
+
+
+def test_compiling_holds_up_nothing_but_what_comes_behind_it() -> None:
+    """A request without a grammar overtakes; what gives one up comes after it, lest it be unknown."""
+    received, core = queue.SimpleQueue[Any](), Compiling()
+
+    class Inbox:
+        messages = iter([
+            message("good", "good"), message("bad", "bad"), message("fatal", "fatal"),
+            [ABORT, msgspec.msgpack.encode(["good"])], message("plain", None), [STOP, msgspec.msgpack.encode(None)],
+        ])  # fmt: skip
+
+        def recv_multipart(self) -> list[bytes]:
+            sent = next(self.messages)
+            return sent if sent[0] != ABORT or core.has_begun.wait(5) else []
+
+    _receive_until_stop(Inbox(), received, core)  # type: ignore[arg-type]
+    first = [received.get(timeout=5) for _ in range(2)]
+    assert [kind for kind, _ in first] == [ADD, STOP] and first[0][1].request_id == "plain"
+    core.may_go_on.set()
+    others = [received.get(timeout=5) for _ in range(4)]
+    assert [payload.request_id for _, payload in others[:3]] == ["good", "bad", "fatal"]
+    assert others[3] == (ABORT, ["good"])
+
+
+def test_what_is_given_up_before_its_turn_is_not_compiled() -> None:
+    received, core = queue.SimpleQueue[Any](), Compiling()
+    sent = iter([
+        message("first", "good"), message("second", "good"), [ABORT, msgspec.msgpack.encode(["second"])],
+        [STOP, msgspec.msgpack.encode(None)],
+    ])  # fmt: skip
+
+    class Inbox:
+        def recv_multipart(self) -> list[bytes]:
+            return next(sent)
+
+    _receive_until_stop(Inbox(), received, core)  # type: ignore[arg-type]
+    core.may_go_on.set()
+    found = [received.get(timeout=5) for _ in range(3)]
+    assert [kind for kind, _ in found] == [STOP, ADD, ABORT] and found[1][1].request_id == "first"

@@ -15,6 +15,7 @@ from engine.worker import grammar_masks
 from engine.worker.grammar_masks import GrammarMasks
 from engine.worker.input_batch import InputBatch
 from engine.worker.pending import PendingStep
+from engine.worker.sampler import Sampler
 from tests.engine.grammar.accepting import VOCAB, compiler, tokens
 from tests.random_tokenizer import EOS_ID
 
@@ -156,3 +157,17 @@ def test_masks_are_of_the_models_vocabulary() -> None:
     logits: Tensor = torch.zeros(1, VOCAB)
     bench.masks.apply(logits, np.array([slot]))
     assert logits.shape == (1, VOCAB)
+
+
+def test_the_sampler_does_not_take_a_row_with_a_grammar_for_a_plain_one() -> None:
+    """Plain greedy rows go by what a CUDA graph chose."""
+    bench = Bench()
+    sampler = Sampler(bench.batch, 8, VOCAB, bench.masks)
+    greedy = SamplingParams(temperature=0)
+    for name, grammar in (("plain", None), ("formed", StructuredOutputs(regex="a").source())):
+        request = EngineRequest(name, PROMPT, greedy, 100, seed=0, eos_token_ids=[EOS_ID], grammar=grammar)
+        slot = bench.batch.add(NewRequest(request, PROMPT, [0]))
+        sampler.add(slot, PROMPT)
+        assert sampler.is_plain(np.array([slot.index])) == (grammar is None)
+        sampler.remove(slot.index)
+        bench.batch.remove(name)
