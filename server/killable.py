@@ -59,17 +59,24 @@ class KillableWorker:
 
     def kill(self) -> None:
         """End the process, if there is one. A thread that waits for it finds its connection ended."""
-        if self._process is not None:
-            self._process.kill()
-            self._thread.submit(self._process.join)  # giving memory back may take a while
-            self._process = None
+        process, self._process = self._process, None  # the thread and the loop may both come here
+        if process is not None:
+            process.kill()
+            self._thread.submit(process.join)  # giving memory back may take a while
 
     def _exchange(self, args: tuple[Any, ...]) -> Any:
-        if self._process is None:
-            self._begin()
-            self._receive(_START_SECONDS)
-        self._connection.send(args)
-        return self._receive(self._seconds)
+        try:
+            if self._process is None:
+                self._begin()
+                self._receive(_START_SECONDS)
+            self._connection.send(args)
+            return self._receive(self._seconds)
+        except BaseException as error:
+            # Also where nobody waits any more: what is still to come must not be taken for the next one's.
+            self.kill()
+            if isinstance(error, ConnectionError):
+                raise EOFError from error
+            raise
 
     def _begin(self) -> None:
         context = multiprocessing.get_context("spawn")

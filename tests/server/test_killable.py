@@ -75,3 +75,24 @@ async def test_nobody_who_waits_is_no_work(worker: KillableWorker) -> None:
     running.cancel()
     assert await waiting != before
     assert running.cancelled() and not psutil.pid_exists(before)
+
+
+async def test_who_leaves_while_the_process_begins_leaves_no_result_behind() -> None:
+    """What takes too long for nobody must not be taken for the next one's answer."""
+    word = "x" * 1_000_000  # more than a pipe holds: the process is begun once it has read it
+    worker = KillableWorker(make_work, word, seconds=0.5)
+    try:
+        leaving = asyncio.create_task(worker.run("loop"))
+        await asyncio.sleep(0.03)
+        leaving.cancel()
+        for number in range(3):
+            assert await worker.run("echo", number) == (word, number)
+    finally:
+        worker.kill()
+
+
+async def test_a_process_that_ended_while_idle_is_told_as_such(worker: KillableWorker) -> None:
+    psutil.Process(await worker.run("pid")).kill()
+    with pytest.raises(EOFError):
+        await worker.run("echo", 1)
+    assert await worker.run("echo", 2) == ("hello", 2)
