@@ -1,5 +1,6 @@
 """Checks the grammars that clients bring where no harm can come of it: some take the compiler very long, or kill it."""
 
+import asyncio
 import hashlib
 import math
 import time
@@ -25,7 +26,8 @@ class GrammarChecker:
         self._worker = KillableWorker(make_checker, tokenizer, vocab_size, eos_token_ids, seconds=_SECONDS)
         self._found: OrderedDict[bytes, tuple[str | None, float]] = OrderedDict()
         """What is wrong with a grammar, None for nothing, and until when that holds."""
-        self._num_waiting = 0
+        self._checking: dict[bytes, asyncio.Task[tuple[str | None, float]]] = {}
+        """Those that are being checked: whoever asks for the same waits for the same."""
 
     async def check(self, source: str) -> None:
         """Compile a grammar.
@@ -37,7 +39,13 @@ class GrammarChecker:
         digest = hashlib.sha256(source.encode()).digest()
         wrong, until = self._found.get(digest, (None, 0.0))
         if time.monotonic() >= until:
-            wrong, seconds = await self._in_turn(source)
+            if digest not in self._checking:
+                if len(self._checking) >= _MOST_WAITING:
+                    raise QueueFullError
+                self._checking[digest] = asyncio.create_task(self._in_turn(source))
+                self._checking[digest].add_done_callback(lambda _: self._checking.pop(digest, None))
+            # A client that leaves does not end it: others may wait for it, and it ends by itself soon.
+            wrong, seconds = await asyncio.shield(self._checking[digest])
             self._found[digest] = wrong, time.monotonic() + seconds
         self._found.move_to_end(digest)
         if len(self._found) > _REMEMBERED:
@@ -47,9 +55,6 @@ class GrammarChecker:
 
     async def _in_turn(self, source: str) -> tuple[str | None, float]:
         """What is wrong, and for how many seconds that is to be remembered."""
-        if self._num_waiting >= _MOST_WAITING:
-            raise QueueFullError
-        self._num_waiting += 1
         try:
             await self._worker.run(source)
         except TimeoutError:
@@ -58,8 +63,6 @@ class GrammarChecker:
             return "it takes too much memory to compile, or is nested too deep", 0.0
         except ValueError as error:
             return str(error), math.inf
-        finally:
-            self._num_waiting -= 1
         return None, math.inf
 
     def kill(self) -> None:

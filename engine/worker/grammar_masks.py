@@ -76,7 +76,12 @@ class GrammarMasks:
         request = slot.request
         if request.grammar is None:
             return False
-        answer = _Answer(request.request_id, self._compiler.matcher(request.grammar), frozenset(request.eos_token_ids))
+        try:
+            matcher = self._compiler.matcher(request.grammar)
+        except ValueError as error:  # it compiled before, but not as slowly: no reason to end others' requests
+            self._failed[request.request_id] = str(error)
+            return False
+        answer = _Answer(request.request_id, matcher, frozenset(request.eos_token_ids))
         for token in token_ids[len(request.prompt_token_ids) :]:
             answer.take(token)
         self._answers[slot.index] = answer

@@ -141,6 +141,13 @@ def test_a_grammar_that_takes_long_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     assert set(bench.masks.take_failed()) == {"slow"}
 
 
+def test_what_does_not_compile_any_more_ends_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    monkeypatch.setattr("engine.grammar.compiler._MOST_SECONDS", 0.0)
+    bench.add("late", "abc")
+    assert set(bench.masks.take_failed()) == {"late"}
+
+
 def test_many_rows_at_once() -> None:
     bench = Bench()
     slots = [bench.add(str(number), f"{'abc'[number % 3]}+") for number in range(8)]
