@@ -144,7 +144,7 @@ def test_a_grammar_that_takes_long_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 def test_what_does_not_compile_any_more_ends_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench()
     monkeypatch.setattr("engine.grammar.compiler._MOST_SECONDS", 0.0)
-    grammar = StructuredOutputs(regex="abc").source()
+    grammar = StructuredOutputs(regex="not compiled before").source()
     request = EngineRequest("late", PROMPT, SamplingParams(), 100, seed=0, eos_token_ids=[EOS_ID], grammar=grammar)
     assert not bench.masks.add(bench.batch.add(NewRequest(request, PROMPT, [0])), PROMPT)
     assert set(bench.masks.take_failed()) == {"late"}
