@@ -169,7 +169,7 @@ class LLM:
             groups.append(made)
             requests += made
         for request in requests:
-            self._core.check(request)
+            self._core.matcher(request)
         for made in groups:  # now that no request can be refused any more
             self._outputs.add(made)
         try:

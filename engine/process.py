@@ -121,7 +121,7 @@ def _receive_until_stop(inbox: zmq.Socket[bytes], received: _Inbox, core: Engine
             return
         try:
             with contextlib.suppress(ValueError):  # which comes again, and is told, where the request is taken in
-                core.check(request)
+                core.matcher(request)
         finally:
             received.put((ADD, request))
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from llguidance import LLMatcher
+
 from engine.messages import EngineRequest, ImageInput, PositionLogprobs
 
 
@@ -13,6 +15,8 @@ class NewRequest:
     token_ids: list[int]
     """The prompt and what was generated before preemption."""
     block_ids: list[int]
+    matcher: LLMatcher | None = None
+    """Of what the answer must look like, at its beginning."""
 
 
 @dataclass(slots=True)

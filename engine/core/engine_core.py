@@ -3,6 +3,8 @@
 import logging
 from collections import deque
 
+from llguidance import LLMatcher
+
 from engine.config import EngineConfig
 from engine.core.encoder_cache import EncoderCache
 from engine.core.kv_cache import KVCache
@@ -56,25 +58,25 @@ class EngineCore:
     def add(self, source: EngineRequest) -> list[EngineOutput]:
         """Queue a request; what cannot be served comes back as an output that says so."""
         try:
-            request = Request(source, self._long_rope_start)
+            request = Request(source, self._long_rope_start, self.matcher(source))
             request.check_images()
-            self.check(source)
             self.scheduler.add(request)
         except (ValueError, AssertionError) as error:
             return [EngineOutput(source.request_id, [], finish_reason="error", error=str(error) or "bad request")]
         return []
 
-    def check(self, source: EngineRequest) -> None:
-        """Compile a request's grammar, if it has one.
+    def matcher(self, source: EngineRequest) -> LLMatcher | None:
+        """Compile a request's grammar, if it has one. May be called in any thread.
 
         Raises:
             ValueError: it cannot be.
         """
-        if source.grammar is not None:
-            try:
-                self.runner.grammars.matcher(source.grammar)
-            except ValueError as error:
-                raise ValueError(f"structured_outputs: {error}") from None
+        if source.grammar is None:
+            return None
+        try:
+            return self.runner.grammars.matcher(source.grammar)
+        except ValueError as error:
+            raise ValueError(f"structured_outputs: {error}") from None
 
     def abort(self, request_ids: list[str]) -> None:
         """Drop requests; unknown names are those that ended by themselves."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
+from llguidance import LLMatcher
 
 from engine.messages import EngineRequest, ImageInput, PositionLogprobs
 
@@ -22,6 +23,8 @@ class Request:
     source: EngineRequest
     long_rope_start: int | None = None
     """Length from which the model's rotary tables change (longrope); part of a block's identity."""
+    matcher: LLMatcher | None = None
+    """Of what the answer must look like, at its beginning: kept, so that nothing is compiled between steps."""
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
     num_in_flight: int = 0

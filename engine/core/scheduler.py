@@ -215,7 +215,9 @@ class Scheduler:
             if self.kv_cache.looks_up(request):
                 self.kv_cache.queries += len(request.token_ids)
                 self.kv_cache.hits += request.num_computed_tokens
-        step.new_requests.append(NewRequest(request.source, list(request.token_ids), list(request.block_ids)))
+        step.new_requests.append(
+            NewRequest(request.source, list(request.token_ids), list(request.block_ids), request.matcher)
+        )
 
     def _count(self, request: Request, budget: "_Budget") -> int:
         """How many tokens of a request this step may compute, as budgets and its images allow."""

@@ -10,10 +10,11 @@ import torch
 from llguidance import LLMatcher
 from torch import Tensor
 
-from engine.grammar.compiler import GrammarCompiler
 from engine.worker.input_batch import InputBatch, Slot
 from engine.worker.pending import PendingStep
 
+SOME_ROWS = 64
+"""Of logits, that are changed at once: more would take memory from the cache."""
 _SECONDS = 0.25
 _SECONDS_A_TOKEN = 0.005
 """A usual grammar takes 0.01 to 0.1 ms a token, all of JSON as GBNF 0.7 ms."""
@@ -61,9 +62,8 @@ class GrammarMasks:
     the step is launched first, so that the host waits for that token, and makes the mask, while the device is at work.
     """
 
-    def __init__(self, batch: InputBatch, compiler: GrammarCompiler, vocab_size: int) -> None:
+    def __init__(self, batch: InputBatch, vocab_size: int) -> None:
         self._batch = batch
-        self._compiler = compiler
         self._vocab_size = vocab_size
         self._answers: dict[int, _Answer] = {}
         self._failed: dict[str, str] = {}
@@ -71,17 +71,18 @@ class GrammarMasks:
         # On the device: a number from the host would be copied there by a call that waits for all work before it.
         self._never = torch.tensor(float("-inf"), device=batch.device)
 
-    def add(self, slot: Slot, token_ids: list[int]) -> bool:
-        """Take over a request's grammar, if it has one; `token_ids` are its prompt and what it has answered so far."""
+    def add(self, slot: Slot, token_ids: list[int], matcher: LLMatcher | None) -> bool:
+        """Take over a request's grammar; returns whether it has one.
+
+        Args:
+            slot: of the request.
+            token_ids: its prompt and what it has answered so far.
+            matcher: at the beginning of its answer; it stays there.
+        """
+        if matcher is None:
+            return False
         request = slot.request
-        if request.grammar is None:
-            return False
-        try:
-            matcher = self._compiler.matcher(request.grammar)
-        except ValueError as error:  # it compiled before, but not as slowly: no reason to end others' requests
-            self._failed[request.request_id] = str(error)
-            return False
-        answer = _Answer(request.request_id, matcher, frozenset(request.eos_token_ids))
+        answer = _Answer(request.request_id, matcher.deep_copy(), frozenset(request.eos_token_ids))
         for token in token_ids[len(request.prompt_token_ids) :]:
             answer.take(token)
         self._answers[slot.index] = answer
@@ -104,9 +105,10 @@ class GrammarMasks:
                 step, place = answer.in_flight
                 answer.take(step.token(place))
                 answer.in_flight = None
-        allowed = self._allowed(answers)
-        where = self._batch.upload(np.array(rows, np.int64))
-        logits[where] = torch.where(allowed, logits[where], self._never)
+        for first in range(0, len(rows), SOME_ROWS):
+            allowed = self._allowed(answers[first : first + SOME_ROWS])
+            where = self._batch.upload(np.array(rows[first : first + SOME_ROWS], np.int64))
+            logits[where] = torch.where(allowed, logits[where], self._never)
 
     def launched(self, slots: _Ints, step: PendingStep) -> None:
         """The tokens of these slots are on their way, in this order."""

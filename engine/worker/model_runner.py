@@ -69,7 +69,7 @@ class ModelRunner:
             finds_shared=self._finds_shared,
         )
         self.grammars = GrammarCompiler(partial(tokenizer_json, config), config.vocab_size, config.eos_token_ids)
-        self._masks = GrammarMasks(self._batch, self.grammars, config.vocab_size)
+        self._masks = GrammarMasks(self._batch, config.vocab_size)
         self._sampler = Sampler(self._batch, config.max_num_seqs, config.vocab_size, self._masks)
         self._vision: VisionEncoder | None = None
         if config.vision is not None:
@@ -128,7 +128,7 @@ class ModelRunner:
     def _change_requests(self, step: SchedulerOutput) -> None:
         self._remove(step.finished_ids)
         for new in step.new_requests:
-            self._sampler.add(self._batch.add(new), new.token_ids)
+            self._sampler.add(self._batch.add(new), new.token_ids, new.matcher)
 
     def _remove(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

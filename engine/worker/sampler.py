@@ -3,17 +3,15 @@
 import numpy as np
 import numpy.typing as npt
 import torch
+from llguidance import LLMatcher
 from torch import Tensor
 
 from engine.sampling_params import SamplingParams
-from engine.worker.grammar_masks import GrammarMasks
+from engine.worker.grammar_masks import SOME_ROWS, GrammarMasks
 from engine.worker.input_batch import InputBatch, Slot
 from engine.worker.logits_rules import TokenRules
 from engine.worker.pending import Logprobs
 from engine.worker.random_noise import gumbel_noise, noise_keys
-
-_SOME_ROWS = 64
-"""Rows of logits that are sorted, penalized or given noise at once: more would take memory from the cache."""
 
 _Floats = npt.NDArray[np.float32]
 _Ints = npt.NDArray[np.int64]
@@ -40,8 +38,11 @@ class Sampler:
         self._in_prompt: Tensor | None = None
         self._output_counts: Tensor | None = None
 
-    def add(self, slot: Slot, token_ids: list[int]) -> None:
-        """Take over the parameters of a request that starts with these tokens, prompt and earlier output."""
+    def add(self, slot: Slot, token_ids: list[int], matcher: LLMatcher | None = None) -> None:
+        """Take over the parameters of a request that starts with these tokens, prompt and earlier output.
+
+        `matcher` is of what its answer must look like.
+        """
         i, params = slot.index, slot.request.params
         self._greedy[i] = params.is_greedy
         self._temperature[i], self._top_p[i], self._min_p[i] = params.temperature, params.top_p, params.min_p
@@ -51,7 +52,7 @@ class Sampler:
         self._penalties[i] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         self._penalized[i] = has_penalty(params)
         self._ruled[i] = self._rules.add(slot)
-        self._formed[i] = self._grammars.add(slot, token_ids)
+        self._formed[i] = self._grammars.add(slot, token_ids, matcher)
         if self._penalized[i]:
             self._start_counts(i, token_ids, len(slot.request.prompt_token_ids))
 
@@ -85,13 +86,13 @@ class Sampler:
         if len(ruled):
             self._rules.apply(logits, ruled, slots, positions, num_outputs)
         penalized = np.flatnonzero(self._penalized[slots])
-        for first in range(0, len(penalized), _SOME_ROWS):
-            self._penalize(logits, penalized[first : first + _SOME_ROWS], slots)
+        for first in range(0, len(penalized), SOME_ROWS):
+            self._penalize(logits, penalized[first : first + SOME_ROWS], slots)
         self._grammars.apply(logits, slots)
         tokens = logits.argmax(-1)
         random = np.flatnonzero(~self._greedy[slots])
-        for first in range(0, len(random), _SOME_ROWS):
-            some = random[first : first + _SOME_ROWS]
+        for first in range(0, len(random), SOME_ROWS):
+            some = random[first : first + SOME_ROWS]
             rows = self._batch.upload(some)
             tokens[rows] = self._sample_randomly(logits[rows], slots[some], positions[some])
         if len(penalized):
@@ -165,7 +166,7 @@ def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
 
 def gather_logprobs(logits: Tensor, taken: Tensor, count: int) -> Logprobs:
     """Log probabilities of the taken tokens (rows) and of the `count` best, from raw logits (rows, vocabulary)."""
-    pairs = zip(logits.split(_SOME_ROWS), taken.split(_SOME_ROWS), strict=True)
+    pairs = zip(logits.split(SOME_ROWS), taken.split(SOME_ROWS), strict=True)
     parts = [_gather_logprobs(some, tokens, count) for some, tokens in pairs]
     return Logprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
@@ -181,7 +182,7 @@ def _gather_logprobs(logits: Tensor, taken: Tensor, count: int) -> tuple[Tensor,
 
 def profile_sampling(logits: Tensor) -> None:
     """Run what takes the most memory beside the logits (rows, vocabulary)."""
-    rows = min(len(logits), _SOME_ROWS)
+    rows = min(len(logits), SOME_ROWS)
     indices = torch.arange(rows, device=logits.device)
     raw = logits.clone()  # kept for the log probabilities while the logits are changed
     gather_logprobs(raw, torch.zeros(len(logits), dtype=torch.int64, device=logits.device), 1)

@@ -109,7 +109,7 @@ class Compiling:
     def __init__(self) -> None:
         self.has_begun, self.may_go_on = threading.Event(), threading.Event()
 
-    def check(self, request: EngineRequest) -> None:
+    def matcher(self, request: EngineRequest) -> None:
         self.has_begun.set()
         assert self.may_go_on.wait(10)
         if request.grammar == "bad":

@@ -226,3 +226,20 @@ def test_documents_of_two_hundred_schemas(llm: LLM) -> None:
                 complete += 1
                 of.add(number)
     assert complete >= 0.95 * 2 * len(schemas) and len(of) >= 200
+
+
+def test_nothing_is_compiled_between_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for a request that waited, or that starts again after preemption, however full the compiler's cache is."""
+    with LLM(folder, dtype="float32", device="cpu", max_model_len=256, num_gpu_blocks_override=12) as llm:
+        step = llm._core.step
+
+        def without_compiler() -> Any:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(llm._core.runner.grammars, "matcher", None)
+                return step()
+
+        monkeypatch.setattr(llm._core, "step", without_compiler)
+        form = SamplingParams(temperature=0, max_tokens=60, structured_outputs={"regex": "[a-z]{40}"})
+        outputs = llm.generate([f"USER: {number} ASSISTANT:" for number in range(12)], form, use_tqdm=False)
+        assert all(re.fullmatch("[a-z]{40}", answer.text) for answer in answers(outputs))
+        assert llm._core.scheduler.num_preemptions > 0

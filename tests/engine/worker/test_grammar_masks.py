@@ -27,13 +27,14 @@ class Bench:
 
     def __init__(self) -> None:
         self.batch = InputBatch(8, 256, 16, torch.device("cpu"), long_start=None)
-        self.masks = GrammarMasks(self.batch, compiler(), VOCAB)
+        self.masks = GrammarMasks(self.batch, VOCAB)
 
     def add(self, name: str, regex: str | None, output: tuple[int, ...] = ()) -> int:
         grammar = None if regex is None else StructuredOutputs(regex=regex).source()
         request = EngineRequest(name, PROMPT, SamplingParams(), 100, seed=0, eos_token_ids=[EOS_ID], grammar=grammar)
         slot = self.batch.add(NewRequest(request, [*PROMPT, *output], [0]))
-        assert self.masks.add(slot, [*PROMPT, *output]) == (regex is not None)
+        matcher = None if grammar is None else compiler().matcher(grammar)
+        assert self.masks.add(slot, [*PROMPT, *output], matcher) == (regex is not None)
         return slot.index
 
     def allowed(self, *slots: int) -> list[set[int]]:
@@ -141,15 +142,6 @@ def test_a_grammar_that_takes_long_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     assert set(bench.masks.take_failed()) == {"slow"}
 
 
-def test_what_does_not_compile_any_more_ends_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench()
-    monkeypatch.setattr("engine.grammar.compiler._MOST_SECONDS", 0.0)
-    grammar = StructuredOutputs(regex="not compiled before").source()
-    request = EngineRequest("late", PROMPT, SamplingParams(), 100, seed=0, eos_token_ids=[EOS_ID], grammar=grammar)
-    assert not bench.masks.add(bench.batch.add(NewRequest(request, PROMPT, [0])), PROMPT)
-    assert set(bench.masks.take_failed()) == {"late"}
-
-
 def test_many_rows_at_once() -> None:
     bench = Bench()
     slots = [bench.add(str(number), f"{'abc'[number % 3]}+") for number in range(8)]
@@ -176,7 +168,7 @@ def test_the_sampler_does_not_take_a_row_with_a_grammar_for_a_plain_one() -> Non
     for name, grammar in (("plain", None), ("formed", StructuredOutputs(regex="a").source())):
         request = EngineRequest(name, PROMPT, greedy, 100, seed=0, eos_token_ids=[EOS_ID], grammar=grammar)
         slot = bench.batch.add(NewRequest(request, PROMPT, [0]))
-        sampler.add(slot, PROMPT)
+        sampler.add(slot, PROMPT, None if grammar is None else compiler().matcher(grammar))
         assert sampler.is_plain(np.array([slot.index])) == (grammar is None)
         sampler.remove(slot.index)
         bench.batch.remove(name)

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.grammar.compiler import GrammarCompiler
 from engine.messages import EngineRequest
 from engine.sampling_params import SamplingParams
 from engine.step import NewRequest
@@ -114,9 +113,7 @@ class Bench:
 
     def __init__(self, num_slots: int = SLOTS, vocab: int = VOCAB) -> None:
         self.batch = InputBatch(num_slots, 256, 16, torch.device("cpu"), long_start=None)
-        self.sampler = Sampler(
-            self.batch, num_slots, vocab, GrammarMasks(self.batch, GrammarCompiler(str, vocab, [EOS]), vocab)
-        )
+        self.sampler = Sampler(self.batch, num_slots, vocab, GrammarMasks(self.batch, vocab))
         self._number = 0
 
     def add(self, sequence: Row) -> Slot:
