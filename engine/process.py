@@ -109,21 +109,22 @@ def _receive(inbox: zmq.Socket[bytes], received: _Inbox, core: EngineCore) -> No
 
 
 def _receive_until_stop(inbox: zmq.Socket[bytes], received: _Inbox, core: EngineCore) -> None:
-    # Grammars are compiled in a thread of their own, so that nothing else waits for it. What gives a request up goes
+    # Grammars are compiled in a thread of their own, so that nothing else waits. What gives such a request up goes
     # the same way, lest it be there before the request.
     compiling = ThreadPoolExecutor(1, thread_name_prefix="compile")
-
+    late: set[str] = set()
+    """Requests that are not received yet."""
     gone: set[str] = set()
-    """Requests that were given up, perhaps while they wait to be compiled."""
+    """Those of them that were given up."""
 
     def compiled(request: EngineRequest) -> None:
-        if request.request_id in gone:
-            return
-        try:
-            with contextlib.suppress(ValueError):  # which comes again, and is told, where the request is taken in
-                core.matcher(request)
-        finally:
-            received.put((ADD, request))
+        if request.request_id not in gone:
+            try:
+                with contextlib.suppress(ValueError):  # which comes again, and is told, where the request is taken in
+                    core.matcher(request)
+            finally:
+                received.put((ADD, request))
+        late.discard(request.request_id)
 
     def forget(given_up: list[str]) -> None:
         gone.difference_update(given_up)
@@ -138,11 +139,16 @@ def _receive_until_stop(inbox: zmq.Socket[bytes], received: _Inbox, core: Engine
             if request.grammar is None:
                 received.put((kind, request))
             else:
+                late.add(request.request_id)
                 compiling.submit(compiled, request)
         elif kind == ABORT:
             given_up = names.decode(payload)
-            gone.update(given_up)
-            compiling.submit(forget, given_up)
+            behind = [name for name in given_up if name in late]
+            if len(behind) < len(given_up):
+                received.put((ABORT, [name for name in given_up if name not in behind]))
+            if behind:
+                gone.update(behind)
+                compiling.submit(forget, behind)
         else:
             received.put((kind, None))
         if kind == STOP:

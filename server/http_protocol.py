@@ -41,12 +41,18 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Count, and parse."""
-        if self._timer is None and (self.cycle is None or self.cycle.response_complete):
+        if self._timer is None and not self._is_answering:
             self._begin()
         self._request_bytes += len(data)
         self._since_body += len(data)
         super().data_received(data)
         self._check_head(self._since_body)
+
+    def on_message_begin(self) -> None:
+        """A request's first byte, which may come while the one before it is answered."""
+        if self._timer is None:
+            self._begin()
+        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """The head is complete; it starts the application unless it is too large."""
@@ -70,6 +76,12 @@ class LimitedProtocol(HttpToolsProtocol):
         """Answer what is no HTTP."""
         self._refuse(400, msg)
 
+    @property
+    def _is_answering(self) -> bool:
+        """Whether a request that has come whole is being answered."""
+        newest = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
+        return newest or bool(self.pipeline)
+
     def _begin(self) -> None:
         """A request is waited for from now on."""
         self._stop_timer()
@@ -84,7 +96,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _check_time(self) -> None:
         deadline = self._began + _GRACE_SECONDS + self._request_bytes / _LEAST_BYTES_PER_SECOND
-        if self.flow.read_paused or self.loop.time() < deadline:  # paused: it is we who do not read
+        # While we do not read, or an earlier request is answered, the client's time does not end.
+        if self.flow.read_paused or self._is_answering or self.loop.time() < deadline:
             self._timer = self.loop.call_at(max(deadline, self.loop.time() + 1), self._check_time)
             return
         self._timer = None
@@ -106,5 +119,7 @@ class LimitedProtocol(HttpToolsProtocol):
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
-        self.transport.write(head.encode() + body)
+        begun = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+        if not (begun or self.pipeline):  # else it would be written into an answer
+            self.transport.write(head.encode() + body)
         self.transport.close()

@@ -160,3 +160,22 @@ def test_what_is_given_up_before_its_turn_is_not_compiled() -> None:
     core.may_go_on.set()
     found = [received.get(timeout=5) for _ in range(3)]
     assert [kind for kind, _ in found] == [STOP, ADD, ABORT] and found[1][1].request_id == "first"
+
+
+def test_what_gives_up_a_plain_request_waits_for_no_compiler() -> None:
+    received, core = queue.SimpleQueue[Any](), Compiling()
+    sent = iter([
+        message("formed", "good"), message("plain", None), [ABORT, msgspec.msgpack.encode(["plain", "formed"])],
+        [STOP, msgspec.msgpack.encode(None)],
+    ])  # fmt: skip
+
+    class Inbox:
+        def recv_multipart(self) -> list[bytes]:
+            return next(sent)
+
+    _receive_until_stop(Inbox(), received, core)  # type: ignore[arg-type]
+    found = [received.get(timeout=5) for _ in range(3)]
+    assert [kind for kind, _ in found] == [ADD, ABORT, STOP] and found[1][1] == ["plain"]
+    core.may_go_on.set()
+    others = list(iter(partial(received.get, timeout=5), (ABORT, ["formed"])))
+    assert [kind for kind, _ in others] in ([], [ADD])  # compiling had begun, or had not

@@ -15,7 +15,7 @@ Address = tuple[str, int]
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with the size of the body, once it is complete."""
+    """Answers with the size of the body, once it is complete; at /slow a while later."""
     size, more = 0, True
     while more:
         message = await receive()
@@ -24,6 +24,8 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
         size += len(message.get("body", b""))
         more = message["more_body"]
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"8")]})
+    if scope["path"] == "/slow":
+        await asyncio.sleep(1.2)
     await send({"type": "http.response.body", "body": b"%8d" % size})
 
 
@@ -140,3 +142,21 @@ async def test_a_connection_that_is_kept_may_be_used_again_and_not_held(address:
     answer = await talk(address, one, one, b"POST / HT", pause=0.7)
     assert answer.count(b"HTTP/1.1 200 ") == 2
     assert b"HTTP/1.1 408 " in answer
+
+
+@pytest.mark.parametrize("begun", [b"POST / HT", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"])
+@pytest.mark.parametrize("path", [b"/", b"/slow"])
+async def test_a_request_behind_another_may_not_hold_the_connection(
+    address: Address, path: bytes, begun: bytes
+) -> None:
+    """It is given up once the one before it is answered, and not sooner."""
+    first = b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi"
+    answer = await talk(address, first + begun)
+    assert answer.count(b"HTTP/1.1 200 ") == 1 and b"       2" in answer
+    rest = answer.partition(b"       2")[2]
+    assert rest == b"" or refusal(rest)[0] == 408
+
+
+async def test_a_refusal_is_not_written_into_an_answer(address: Address) -> None:
+    first = b"POST /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi"
+    assert b" 400 " not in await talk(address, first, b"rubbish\r\n\r\n", pause=0.1)
