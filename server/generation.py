@@ -82,9 +82,15 @@ async def run(state: ServerState, streams: Sequence[ResponseStream]) -> AsyncGen
             now, answer = time.monotonic(), (number, delta.index)
             state.metrics.delta(delta, last_token_at.get(answer, 0.0), now)
             if delta.error is not None:
-                raise ApiError(500, delta.error)
+                raise _given_up(delta.error)
             last_token_at[answer] = now
             yield number, delta
+
+
+def _given_up(error: str) -> ApiError:
+    """What the engine says of a request: its form may be too much for it, all else is the engine's own fault."""
+    is_form = error.startswith("structured_outputs")
+    return ApiError(400 if is_form else 500, error, param="structured_outputs" if is_form else None)
 
 
 def abort(state: ServerState, streams: Sequence[ResponseStream]) -> None:

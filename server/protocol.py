@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from itertools import groupby
 from typing import Annotated, Any, Literal
 
@@ -413,8 +414,13 @@ class ChatCompletionRequest(TemplateFields, SamplingFields):
                     "tool_choice 'auto' needs a server that was started with --tool-call-parser: "
                     "'none', 'required' and a function are available"
                 )
+            if self.form() is not None and self.form_field == "response_format":  # a grammar may describe calls
+                raise ValueError(
+                    "response_format leaves no room for calls: set tool_choice to 'none', or leave one of them out"
+                )
             keeps = parser in MARKED_BY_SPECIAL_TOKENS
-            return ToolUse(PARSERS[parser], most_calls=most_calls, keeps_special_tokens=keeps)
+            names = frozenset(tool.function.name for tool in self.tools)
+            return ToolUse(partial(PARSERS[parser], names=names), most_calls=most_calls, keeps_special_tokens=keeps)
         if self.form() is not None:
             raise ValueError(f"tool_choice demands a call, which {self.form_field} excludes")
         if isinstance(choice, NamedToolChoice):

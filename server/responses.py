@@ -28,7 +28,10 @@ from server.state import ServerState, check_size, read_body, state_of
 router = APIRouter()
 
 _MESSAGES = TypeAdapter(list[Message])
-_FIELDS = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format"}
+_FIELDS = {
+    "messages": "input", "max_completion_tokens": "max_output_tokens", "response_format.json_schema": "text.format",
+    "response_format": "text.format",
+}  # fmt: skip
 """What a chat calls otherwise."""
 _NOT_SERVED = ("include", "include_obfuscation", "starting_after", "stream")
 """What a response cannot be asked for again with."""
@@ -294,9 +297,9 @@ def _in_our_words(body: ResponsesRequest) -> Iterator[None]:
         yield
     except (ApiError, ValueError) as error:
         told = from_exception(error)
-        given = {name for name in _FIELDS if name in body.model_fields_set}
-        names = {ours: theirs for ours, theirs in _FIELDS.items() if ours not in given}
-        pattern = rf"^({'|'.join(names)})\b|(?<=exceed )max_completion_tokens"
+        given = body.model_fields_set
+        names = {ours: theirs for ours, theirs in _FIELDS.items() if ours.partition(".")[0] not in given}
+        pattern = rf"^({'|'.join(map(re.escape, names))})\b|(?<=exceed )max_completion_tokens"
         message = re.sub(pattern, lambda found: names[found[0]], told.message)
         param = names.get(told.param or "", told.param)
         raise ApiError(told.status, message, param=param, code=told.code, headers=told.headers) from error

@@ -168,6 +168,8 @@ class ResponsesRequest(SamplingFields):
             kind = None if self.text.format is None else self.text.format.get("type") or ""
             _check("text.format", kind, "text", "json_object", "json_schema")
             _check("text.verbosity", self.text.verbosity, "medium")
+            if self.text.format is not None and self.response_format is not None:
+                raise bad_request("response_format and text.format say the same: give one of them", "response_format")
         for name, value in (self.reasoning or {}).items():
             _check(f"reasoning.{name[:50]}", value, *(["none"] if name == "effort" else []))
         if self.stream_options is not None:
@@ -209,6 +211,12 @@ class ResponsesRequest(SamplingFields):
             return {"type": "json_schema", "json_schema": wanted}
         return wanted
 
+    def _told_format(self) -> dict[str, Any]:
+        if self.text is not None and self.text.format is not None:
+            return self.text.format
+        given = self.response_format or {"type": "text"}
+        return {**given.get("json_schema", {}), "type": given["type"]}
+
     def told_again(self) -> dict[str, Any]:
         """The fields of the response that say what was asked for."""
         return {
@@ -224,7 +232,7 @@ class ResponsesRequest(SamplingFields):
             "safety_identifier": self.safety_identifier,
             "service_tier": "default",
             "store": self.is_stored,
-            "text": {"format": (self.text and self.text.format) or {"type": "text"}},
+            "text": {"format": self._told_format()},
             "tool_choice": self.tool_choice or "auto",
             "tools": [],
             "top_logprobs": self.top_logprobs or 0,

@@ -3,8 +3,9 @@
 import ast
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Protocol
 
@@ -24,6 +25,10 @@ class CallDelta:
 
 Piece = str | CallDelta
 """Text that is no part of a call, or what comes new of one."""
+
+
+Names = Container[str] | None
+"""Of the functions that there are."""
 
 
 class ToolParser(Protocol):
@@ -58,9 +63,11 @@ class JsonCalls:
     Args:
         opening: what stands before the calls; without one an answer that does not begin with a call has none.
         closing: what stands behind each of them, if anything; text may follow.
+        names: that a call may have, None for any: an object of another name is text.
     """
 
-    def __init__(self, opening: str = "", closing: str = "") -> None:
+    def __init__(self, opening: str = "", closing: str = "", names: Names = None) -> None:
+        self._names = names
         self._opening = opening
         self._closing = closing
         self._waiting = ""
@@ -129,7 +136,7 @@ class JsonCalls:
         elif any(mark.startswith(text[at : at + len(mark)]) for mark in (self._opening, self._closing) if mark):
             return  # it may become one
         elif text[at] == "{":
-            self._call = _Call(self._num_calls)
+            self._call = _Call(self._num_calls, self._names)
         elif text[at] in _STRUCTURE:
             self._skip(text[at])
         else:
@@ -162,9 +169,13 @@ class JsonCalls:
 
 
 class PythonicCalls:
-    """A list of calls as Python writes them, `[f(a=1), g(b="x")]`; each is told when the list is complete."""
+    """A list of calls as Python writes them, `[f(a=1), g(b="x")]`; each is told when the list is complete.
 
-    def __init__(self) -> None:
+    `names` is as of `JsonCalls`.
+    """
+
+    def __init__(self, names: Names = None) -> None:
+        self._names = names
         self._texts: list[str] = []
         self._is_text: bool | None = None
         """None until the first character that is no white space."""
@@ -180,7 +191,7 @@ class PythonicCalls:
         """See `ToolParser`."""
         rest = self._rest()
         try:
-            return list(_python_calls(rest))
+            return list(_python_calls(rest, self._names))
         except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
             return _told(rest)
 
@@ -190,13 +201,13 @@ class PythonicCalls:
         return text
 
 
-PARSERS: dict[str, Callable[[], ToolParser]] = {
-    "hermes": lambda: JsonCalls("<tool_call>", "</tool_call>"),
-    "llama3_json": lambda: JsonCalls(),
-    "mistral": lambda: JsonCalls("[TOOL_CALLS]"),
+PARSERS: dict[str, Callable[..., ToolParser]] = {
+    "hermes": partial(JsonCalls, "<tool_call>", "</tool_call>"),
+    "llama3_json": JsonCalls,
+    "mistral": partial(JsonCalls, "[TOOL_CALLS]"),
     "pythonic": PythonicCalls,
 }
-"""By the name that `--tool-call-parser` has for the format."""
+"""By the name that `--tool-call-parser` has for the format; each takes `names`."""
 
 MARKED_BY_SPECIAL_TOKENS = ("mistral",)
 """Formats whose marks are special tokens, which must stay in the text to be seen."""
@@ -205,8 +216,9 @@ MARKED_BY_SPECIAL_TOKENS = ("mistral",)
 class _Call:
     """One JSON object as it grows: reads no more of JSON than where its values begin and end."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, names: Names) -> None:
         self.index = index
+        self._names = names
         self.is_told = False
         self.is_complete = False
         self._untold: list[str] = []
@@ -290,10 +302,14 @@ class _Call:
     def _end_value(self) -> None:
         value = _string("".join(self._value))
         if self._key == "name" and self._name is None:
-            self._name = value
+            self._name = value if value is not None and _may_be(value, self._names) else None
         elif self._key in _ARGUMENTS and value is not None:
             self._arguments.append(value or "{}")
         self._has_arguments |= self._key in _ARGUMENTS
+
+
+def _may_be(name: str, names: Names) -> bool:
+    return names is None or name in names
 
 
 def _string(text: str) -> str | None:
@@ -324,7 +340,7 @@ def _joined(pieces: Iterator[Piece]) -> list[Piece]:
     return found
 
 
-def _python_calls(text: str) -> Iterator[CallDelta]:
+def _python_calls(text: str, names: Names) -> Iterator[CallDelta]:
     """The calls of a list; an error of some kind where it is none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what a model writes in quotes
@@ -337,7 +353,10 @@ def _python_calls(text: str) -> Iterator[CallDelta]:
         arguments = {_known(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
         told = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         told.encode()  # half of a surrogate pair cannot be sent
-        yield CallDelta(index, _dotted(call.func), told)
+        name = _dotted(call.func)
+        if not _may_be(name, names):
+            raise ValueError("no function that there is")
+        yield CallDelta(index, name, told)
 
 
 def _dotted(name: ast.expr) -> str:

@@ -55,6 +55,10 @@ class StructuredOutputs:
             _check_size(name, len(value or ""))
         if self.choice is not None:
             self._check_choice(self.choice)
+        if not isinstance(self.disable_any_whitespace, bool):
+            raise ValueError("disable_any_whitespace must be true or false")
+        if self.disable_any_whitespace and self.whitespace_pattern:
+            raise ValueError("disable_any_whitespace and whitespace_pattern exclude each other")
         if (self.disable_any_whitespace or self.whitespace_pattern) and self.json is None and not self.json_object:
             raise ValueError("disable_any_whitespace and whitespace_pattern need json or json_object")
 

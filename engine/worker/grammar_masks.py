@@ -130,7 +130,7 @@ class GrammarMasks:
             if not answer.has_ended:
                 answer.fill(row)
                 if answer.is_hopeless:
-                    self._failed[answer.request_id] = "its grammar became too complex"
+                    self._failed[answer.request_id] = "structured_outputs: the grammar became too complex"
         packed = self._batch.upload(words)
         bits = (packed.unsqueeze(-1) >> self._bits) & 1
         return bits.flatten(1)[:, : self._vocab_size].bool()

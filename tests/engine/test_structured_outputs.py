@@ -189,9 +189,9 @@ def test_a_grammar_that_fails_ends_its_request_alone(depth: int, folder: Path, m
     assert [token for output in of_plain for token in output.new_token_ids] == wanted
     ends = [output for output in outputs if output.request_id == "failing/0" and output.finish_reason]
     assert [(end.finish_reason, end.error, end.new_token_ids) for end in ends] == [
-        ("error", "its grammar became too complex", [])
+        ("error", "structured_outputs: the grammar became too complex", [])
     ]
-    with pytest.raises(RuntimeError, match="its grammar became too complex"):
+    with pytest.raises(RuntimeError, match="structured_outputs: the grammar became too complex"):
         llm.generate("Hello", failing, use_tqdm=False)
     assert answers(llm.generate("Hello", plain, use_tqdm=False))[0].token_ids == wanted
 

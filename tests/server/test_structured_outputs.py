@@ -183,10 +183,11 @@ def test_a_grammar_that_fails_while_generating(server: Server, path: str) -> Non
     """It compiles, but becomes too much for the library's limits after some tokens."""
     fields = {"structured_outputs": {"regex": "(.{1,1000}){1,1000}"}}
     error = server.post(path, body(path, **fields))
-    assert error.status_code == 500 and error.json()["error"]["message"] == "its grammar became too complex"
+    message = "structured_outputs: the grammar became too complex"
+    check_error(error, "structured_outputs", message)
     *_, last = read_events(server.post(path, body(path, stream=True, **fields)).text)
     validate(last, ERROR)
-    assert last["error"]["message"] == "its grammar became too complex"
+    assert (last["error"]["message"], last["error"]["param"]) == (message, "structured_outputs")
     assert texts(path, server.post(path, body(path, **FORMS["regex"][0])).json())
 
 
@@ -240,6 +241,13 @@ def test_responses(server: Server) -> None:
     check_error(
         server.post(RESPONSES, {**said, "structured_outputs": {"regex": "("}}), "structured_outputs", "unclosed"
     )
+    none = {"type": "json_schema", "name": "x", "schema": 5}
+    check_error(server.post(RESPONSES, {**said, "text": {"format": none}}), "text.format", "schema")
+    older = {"response_format": {"type": "json_schema", "json_schema": {"name": "animals", "schema": SCHEMA}}}
+    found = server.post(RESPONSES, {**said, **older}).json()
+    assert found["text"]["format"] == {"type": "json_schema", "name": "animals", "schema": SCHEMA}
+    both = server.post(RESPONSES, {**said, **older, "text": {"format": wanted}})
+    check_error(both, "response_format", "text.format")
 
 
 def test_the_client_is_told(client: OpenAI) -> None:

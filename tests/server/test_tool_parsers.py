@@ -207,3 +207,21 @@ def test_a_megabyte(name: str, text: Callable[[int], str]) -> None:
     parser.finish()
     PARSERS[name]().feed(whole)
     assert time.thread_time() - begun < 8
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("llama3_json", '{"name": "Alice", "age": 30}'),
+        ("llama3_json", '[{"name": "Alice", "arguments": {}}]'),
+        ("hermes", '<tool_call>{"name": "Alice", "arguments": {}}</tool_call>'),
+        ("mistral", '[TOOL_CALLS][{"name": "Alice", "arguments": {}}]'),
+        ("pythonic", "[Alice(age=30)]"),
+    ],
+)
+def test_what_names_no_tool_is_text(name: str, text: str) -> None:
+    for pieces in ([text], text):
+        texts, calls = parse(PARSERS[name](names={"f"}), pieces)
+        assert "".join(texts) == text and not calls
+    called = text.replace("Alice", "f")
+    assert [call for call, _ in parse(PARSERS[name](names={"f"}), [called])[1]] == ["f"]

@@ -246,6 +246,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "form and call": (
         {"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice", "excludes",
     ),
+    "form and choice": ({"response_format": {"type": "json_object"}}, "response_format", "no room for calls"),
     "bad arguments": (
         {"messages": [user("Hi"), {**MADE, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, TOLD]},
         "messages", "JSON object",

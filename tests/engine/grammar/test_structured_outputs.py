@@ -141,3 +141,11 @@ def test_a_regex_takes_what_python_says(regex: str, data: st.DataObject) -> None
     assert accepts(form, matching)
     for text in (other, (matching + other)[:8]):  # short: Python's time may be exponential
         assert accepts(form, text) == (re.fullmatch(regex, text) is not None), text
+
+
+@pytest.mark.parametrize(
+    "fields", [{"disable_any_whitespace": "false"}, {"disable_any_whitespace": True, "whitespace_pattern": " ?"}]
+)
+def test_options_that_mean_nothing_together_or_are_of_another_type(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="disable_any_whitespace"):
+        StructuredOutputs(json={}, **fields)

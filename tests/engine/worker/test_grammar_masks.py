@@ -128,7 +128,7 @@ def test_what_fails_is_told_once() -> None:
         if failed:
             break
         bench.launched({slot: A})
-    assert failed == {"big": "its grammar became too complex"} and not bench.masks.take_failed()
+    assert failed == {"big": "structured_outputs: the grammar became too complex"} and not bench.masks.take_failed()
     assert bench.allowed(other) == [ids("b")]
 
 
