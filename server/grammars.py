@@ -7,7 +7,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from engine.errors import QueueFullError
 from engine.grammar.compiler import GrammarCompiler
 from server.killable import KillableWorker
 
@@ -23,7 +22,9 @@ class GrammarChecker:
     """Remembers what it found of the newest; arguments as of `GrammarCompiler`, but the tokenizer's JSON itself."""
 
     def __init__(self, tokenizer: str, vocab_size: int, eos_token_ids: list[int]) -> None:
-        self._worker = KillableWorker(make_checker, tokenizer, vocab_size, eos_token_ids, seconds=_SECONDS)
+        self._worker = KillableWorker(
+            make_checker, tokenizer, vocab_size, eos_token_ids, seconds=_SECONDS, most=_MOST_WAITING
+        )
         self._found: OrderedDict[bytes, tuple[str | None, float]] = OrderedDict()
         """What is wrong with a grammar, None for nothing, and until when that holds."""
         self._checking: dict[bytes, asyncio.Task[tuple[str | None, float]]] = {}
@@ -40,10 +41,8 @@ class GrammarChecker:
         wrong, until = self._found.get(digest, (None, 0.0))
         if time.monotonic() >= until:
             if digest not in self._checking:
-                if len(self._checking) >= _MOST_WAITING:
-                    raise QueueFullError
                 self._checking[digest] = asyncio.create_task(self._in_turn(source))
-                self._checking[digest].add_done_callback(lambda _: self._checking.pop(digest, None))
+                self._checking[digest].add_done_callback(lambda task: self._checked(digest, task))
             # A client that leaves does not end it: others may wait for it, and it ends by itself soon.
             wrong, seconds = await asyncio.shield(self._checking[digest])
             self._found[digest] = wrong, time.monotonic() + seconds
@@ -53,8 +52,12 @@ class GrammarChecker:
         if wrong is not None:
             raise ValueError(wrong)
 
+    def _checked(self, digest: bytes, task: asyncio.Task[tuple[str | None, float]]) -> None:
+        del self._checking[digest]
+        task.cancelled() or task.exception()  # which is thereby taken note of, should nobody wait for it any more
+
     async def _in_turn(self, source: str) -> tuple[str | None, float]:
-        """What is wrong, and for how many seconds that is to be remembered."""
+        """What is wrong, and for how many seconds that is to be remembered; raises what `check` does."""
         try:
             await self._worker.run(source)
         except TimeoutError:

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import math
 import multiprocessing
+import os
 import resource
 import signal
 from collections.abc import Callable
@@ -10,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from engine.errors import QueueFullError
 
 _START_SECONDS = 60.0
 """For a new process to import what it needs."""
@@ -28,12 +32,15 @@ class KillableWorker:
         make_work: called in the process; gives the function that does the work.
         args: of `make_work`.
         seconds: that one piece of work may take.
+        most: pieces that may wait or be done at once.
     """
 
-    def __init__(self, make_work: Callable[..., Work], *args: Any, seconds: float) -> None:
+    def __init__(self, make_work: Callable[..., Work], *args: Any, seconds: float, most: int) -> None:
         self._make_work = make_work
         self._args = args
         self._seconds = seconds
+        self._most = most
+        self._num_here = 0
         self._one_at_a_time = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="killable")
         self._process: BaseProcess | None = None
@@ -45,17 +52,28 @@ class KillableWorker:
         Raises:
             ValueError: it failed, with its own message.
             TimeoutError: it took too long.
-            EOFError: it brought the process to its end.
+            EOFError: it brought the process to its end, by what memory it takes or otherwise.
+            QueueFullError: too many wait already.
+            RuntimeError: there is no process to do it.
         """
-        async with self._one_at_a_time:
-            try:
-                result, error = await asyncio.get_running_loop().run_in_executor(self._thread, self._exchange, args)
-            except BaseException:  # cancelled too: nobody waits for the work any more
-                self.kill()
-                raise
+        if self._num_here >= self._most:
+            raise QueueFullError
+        self._num_here += 1
+        try:
+            async with self._one_at_a_time:
+                result, error = await self._in_thread(args)
+        finally:
+            self._num_here -= 1
         if error is not None:
             raise ValueError(error)
         return result
+
+    async def _in_thread(self, args: tuple[Any, ...]) -> tuple[Any, str | None]:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._exchange, args)
+        except BaseException:  # cancelled too: nobody waits for the work any more
+            self.kill()
+            raise
 
     def kill(self) -> None:
         """End the process, if there is one. A thread that waits for it finds its connection ended."""
@@ -64,13 +82,13 @@ class KillableWorker:
             process.kill()
             self._thread.submit(process.join)  # giving memory back may take a while
 
-    def _exchange(self, args: tuple[Any, ...]) -> Any:
+    def _exchange(self, args: tuple[Any, ...]) -> tuple[Any, str | None]:
         try:
-            if self._process is None:
+            if self._process is None or not self._process.is_alive():  # it may have been killed by others
                 self._begin()
-                self._receive(_START_SECONDS)
             self._connection.send(args)
-            return self._receive(self._seconds)
+            done: tuple[Any, str | None] = self._receive(self._seconds)
+            return done
         except BaseException as error:
             # Also where nobody waits any more: what is still to come must not be taken for the next one's.
             self.kill()
@@ -81,10 +99,15 @@ class KillableWorker:
     def _begin(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        process = context.Process(target=_main, args=(theirs, self._make_work, self._args), name="killable")
+        args = theirs, self._make_work, self._args, self._seconds
+        process = context.Process(target=_main, args=args, name="killable")
         process.start()
         self._process = process
         theirs.close()
+        try:
+            self._receive(_START_SECONDS)
+        except (EOFError, OSError) as error:  # its own fault, not that of the work
+            raise RuntimeError("the process that does what clients ask for could not be started") from error
 
     def _receive(self, seconds: float) -> Any:
         connection = self._connection
@@ -93,7 +116,7 @@ class KillableWorker:
         return connection.recv()
 
 
-def _main(connection: Connection, make_work: Callable[..., Work], args: tuple[Any, ...]) -> None:
+def _main(connection: Connection, make_work: Callable[..., Work], args: tuple[Any, ...], seconds: float) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the parent ends it
     work = make_work(*args)
@@ -102,10 +125,18 @@ def _main(connection: Connection, make_work: Callable[..., Work], args: tuple[An
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
         while True:
             given = connection.recv()
-            try:
-                connection.send((work(*given), None))
-            except Exception as error:
-                connection.send((None, str(error)[:_LONGEST_ERROR] or type(error).__name__))
+            signal.alarm(math.ceil(seconds) + 1)  # ends the process, should there be no parent left to do it
+            connection.send(_done(work, given))
+            signal.alarm(0)
+
+
+def _done(work: Work, args: tuple[Any, ...]) -> tuple[Any, str | None]:
+    try:
+        return work(*args), None
+    except MemoryError:
+        os._exit(1)  # as it happens in libraries that cannot tell
+    except Exception as error:
+        return None, str(error)[:_LONGEST_ERROR] or type(error).__name__
 
 
 def _limit_memory() -> None:

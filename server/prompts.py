@@ -15,6 +15,8 @@ from server.tools import Tool
 MAX_TEMPLATE_KWARGS = 64
 TEMPLATE_SECONDS = 5.0
 """For a template that a client brings to be read and to render a conversation."""
+TEMPLATES_AT_ONCE = 32
+"""That clients bring: they are rendered one after the other."""
 
 
 async def render(state: ServerState, body: TemplateFields, tools: list[dict[str, Any]] | None = None) -> list[int]:

@@ -31,7 +31,7 @@ from server.images import ImagePreparer
 from server.killable import KillableWorker
 from server.media import MediaFetcher, MediaLimits
 from server.metrics import Metrics
-from server.prompts import TEMPLATE_SECONDS, make_renderer
+from server.prompts import TEMPLATE_SECONDS, TEMPLATES_AT_ONCE, make_renderer
 from server.state import ServerState
 
 logger = logging.getLogger("server")
@@ -138,6 +138,7 @@ def _state(engine: AsyncEngine, args: ServerArgs) -> ServerState:
             engine.inputs.image_token,
             engine.inputs.most_characters,
             seconds=TEMPLATE_SECONDS,
+            most=TEMPLATES_AT_ONCE,
         ),
     )
 
