@@ -2,10 +2,13 @@
 
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import queue
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,36 @@ HEARTBEAT_SECONDS = 1.0
 _IDLE_SECONDS = 1.0
 """Without work after which there is time to look whether all is in order."""
 
+_MOST_STEP_SECONDS = 60.0
+"""Of a GPU, which needs less than one. On a CPU a step may take as long as it likes: it does not hang."""
+
 _Inbox = queue.SimpleQueue[tuple[bytes, Any]]
+
+
+class StepWatch:
+    """Notices a step that does not end: a GPU that hangs leaves its process alive.
+
+    Args:
+        most_seconds: that a step may take.
+    """
+
+    def __init__(self, most_seconds: float) -> None:
+        self._most_seconds = most_seconds
+        self._began = math.inf
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around each step."""
+        self._began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._began = math.inf
+
+    @property
+    def is_stuck(self) -> bool:
+        """Asked by another thread."""
+        return time.monotonic() - self._began > self._most_seconds
 
 
 def run_engine(config: EngineConfig, inbox_address: str, outbox_address: str, log_level: str) -> None:
@@ -59,10 +91,11 @@ def run_engine(config: EngineConfig, inbox_address: str, outbox_address: str, lo
     received: _Inbox = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(inbox, received, core), daemon=True).start()
     to_send: queue.SimpleQueue[EngineOutputs | None] = queue.SimpleQueue()
-    sender = threading.Thread(target=_send, args=(outbox, to_send))
+    watch = StepWatch(_MOST_STEP_SECONDS if config.device.type == "cuda" else math.inf)
+    sender = threading.Thread(target=_send, args=(outbox, to_send, watch))
     sender.start()
     try:
-        _loop(core, received, to_send)
+        _loop(core, received, to_send, watch)
     finally:
         to_send.put(None)
         sender.join()
@@ -70,7 +103,9 @@ def run_engine(config: EngineConfig, inbox_address: str, outbox_address: str, lo
         outbox.close(linger=1000)
 
 
-def _loop(core: EngineCore, received: _Inbox, to_send: "queue.SimpleQueue[EngineOutputs | None]") -> None:
+def _loop(
+    core: EngineCore, received: _Inbox, to_send: "queue.SimpleQueue[EngineOutputs | None]", watch: StepWatch
+) -> None:
     while True:
         outputs: list[EngineOutput] = []
         aborted = False
@@ -87,7 +122,9 @@ def _loop(core: EngineCore, received: _Inbox, to_send: "queue.SimpleQueue[Engine
         if outputs or (aborted and not core.has_work):
             to_send.put(EngineOutputs(outputs, core.stats()))
         if core.has_work:
-            to_send.put(core.step())
+            with watch.step():
+                outputs_of_step = core.step()
+            to_send.put(outputs_of_step)
 
 
 def _next(core: EngineCore, received: _Inbox) -> tuple[bytes, Any]:
@@ -155,22 +192,29 @@ def _receive_until_stop(inbox: zmq.Socket[bytes], received: _Inbox, core: Engine
             return
 
 
-def _send(outbox: zmq.Socket[bytes], to_send: "queue.SimpleQueue[EngineOutputs | None]") -> None:
+def _send(outbox: zmq.Socket[bytes], to_send: "queue.SimpleQueue[EngineOutputs | None]", watch: StepWatch) -> None:
     """Send what is in the queue. If that fails nobody would hear of anything any more, so the process ends."""
     try:
-        _send_until_stop(outbox, to_send)
+        _send_until_stop(outbox, to_send, watch)
     except Exception:
         logger.exception("outputs can no longer be sent")
         os._exit(1)
 
 
-def _send_until_stop(outbox: zmq.Socket[bytes], to_send: "queue.SimpleQueue[EngineOutputs | None]") -> None:
+def _send_until_stop(
+    outbox: zmq.Socket[bytes], to_send: "queue.SimpleQueue[EngineOutputs | None]", watch: StepWatch
+) -> None:
     encoder = msgspec.msgpack.Encoder()
+    was_stuck = False
     while True:
         try:
             outputs = to_send.get(timeout=HEARTBEAT_SECONDS)
         except queue.Empty:
-            outbox.send_multipart([ALIVE, b""])
+            if not watch.is_stuck:
+                outbox.send_multipart([ALIVE, b""])
+            elif not was_stuck:  # nothing is sent until it goes on, from which the server concludes
+                logger.error("a step has taken more than %g s: the GPU seems to hang", _MOST_STEP_SECONDS)
+            was_stuck = watch.is_stuck
             continue
         if outputs is None:
             return

@@ -1,10 +1,12 @@
 """Files that would keep PIL busy for minutes or take gigabytes, and whole ones of many parts that must be served."""
 
 import contextlib
-import resource
+import re
 import struct
 import time
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,7 +139,43 @@ def test_sides_are_limited() -> None:
 
 
 def memory_mib() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    """The most that this process has had since `forget_memory`."""
+    status = Path("/proc/self/status").read_text()
+    return int(status[status.index("VmHWM:") + 6 :].split()[0]) >> 10
+
+
+def forget_memory() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory_mib()
+
+
+def scans_of(image: Image.Image) -> bytes:
+    """As many as may be, each over the whole picture, of the kind that takes longest."""
+    whole = encoded(image, "JPEG", progressive=True)
+    parts = [match.start() for match in re.finditer(b"\xff\xda", whole)]
+    return whole[:-2] + whole[parts[5] : parts[6]] * (64 - len(parts)) + whole[-2:]
+
+
+LARGEST: dict[str, tuple[str, Callable[[Image.Image], bytes]]] = {
+    "PNG": ("RGBA", lambda image: encoded(image, "PNG", compress_level=1)),
+    "PNG with a palette": ("P", lambda image: encoded(image, "PNG", transparency=0)),
+    "JPEG of many scans": ("RGB", scans_of),
+    "JPEG for print": ("CMYK", lambda image: encoded(image, "JPEG")),
+    "WebP": ("RGBA", lambda image: encoded(image, "WEBP", lossless=True, method=0)),
+    "GIF": ("L", lambda image: encoded(image, "GIF")),
+    "TIFF": ("RGBA", lambda image: encoded(image, "TIFF", compression="tiff_lzw")),
+    "BMP": ("RGB", lambda image: encoded(image, "BMP")),
+}
+
+
+@pytest.mark.parametrize(("mode", "encode"), LARGEST.values(), ids=LARGEST)
+def test_a_pixel_takes_little_time_and_memory(mode: str, encode: Callable[[Image.Image], bytes]) -> None:
+    """0.25 µs of a processor and 24 bytes: with the limit on pixels that bounds what one picture can take."""
+    data = encode(Image.new(mode, (4000, 4000)))
+    before, started = forget_memory(), time.thread_time()
+    decode_image(data, max_pixels=LIMIT)
+    assert time.thread_time() - started < 4
+    assert memory_mib() - before < 24 * 16
 
 
 @pytest.mark.parametrize(("mode", "brightest"), [("F", 1.0), ("I", 65535), ("I;16", 65535)])
@@ -146,7 +184,7 @@ def test_greys_need_little_memory(mode: str, brightest: float) -> None:
     values = np.zeros((4000, 4000), {"F": np.float32, "I": np.int32, "I;16": np.uint16}[mode])
     values[3999, 3999] = brightest
     file = encoded(Image.fromarray(values), "TIFF", compression="tiff_adobe_deflate")
-    before = memory_mib()
+    before = forget_memory()
     decoded = decode_image(file, max_pixels=LIMIT)
     assert memory_mib() - before < 300
     assert decoded.getpixel((3999, 3999)) == (255, 255, 255)
@@ -165,7 +203,7 @@ def test_damaged_rows_fill_no_log(capfd: pytest.CaptureFixture[str]) -> None:
 def test_compressed_metadata_of_a_png_is_bounded() -> None:
     bomb = zlib.compress(bytes(30 << 20), 9)
     for chunk in (png_chunk(b"iCCP", b"p\0\0" + bomb), png_chunk(b"zTXt", b"t\0\0" + bomb) * 100):
-        before = memory_mib()
+        before = forget_memory()
         with contextlib.suppress(ImageError):
             decode_image(png_with(chunk), max_pixels=LIMIT)
         assert memory_mib() - before < 100

@@ -3,6 +3,7 @@
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import zmq
 
 from engine.messages import EngineOutput, EngineOutputs, EngineRequest, SchedulerStats
-from engine.process import ABORT, ADD, STOP, _loop, _receive, _receive_until_stop, _send
+from engine.process import ABORT, ADD, ALIVE, STOP, StepWatch, _loop, _receive, _receive_until_stop, _send
 from engine.sampling_params import SamplingParams
 
 
@@ -64,7 +65,7 @@ def run(*messages: tuple[bytes, Any], sends: int) -> tuple[list[str], Sent]:
     for message in messages:
         received.put(message)
     sent = Sent(received, sends)
-    _loop(core, received, sent)  # type: ignore[arg-type]
+    _loop(core, received, sent, StepWatch(1))  # type: ignore[arg-type]
     return core.told, sent
 
 
@@ -87,7 +88,7 @@ def test_when_all_have_left_the_queues_are_told() -> None:
     assert sent == [EngineOutputs([], SchedulerStats())]
 
 
-@pytest.mark.parametrize("work", [partial(_receive, core=Core()), _send])  # type: ignore[arg-type]
+@pytest.mark.parametrize("work", [partial(_receive, core=Core()), partial(_send, watch=StepWatch(1))])  # type: ignore[arg-type]
 def test_a_thread_that_fails_ends_the_process(
     work: Callable[[Any, Any], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -101,6 +102,29 @@ def test_a_thread_that_fails_ends_the_process(
         broken.close()
         work(broken, waiting)
     assert statuses == [1] and "can no longer be" in caplog.text
+
+
+def test_a_step_that_hangs_is_noticed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The process says that it is alive while a step takes its time, no more when it takes too long, and then again."""
+    monkeypatch.setattr("engine.process.HEARTBEAT_SECONDS", 0.05)
+    to_send: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    watch = StepWatch(0.5)
+    with zmq.Context() as context, context.socket(zmq.PULL) as server, context.socket(zmq.PUSH) as outbox:
+        server.setsockopt(zmq.RCVTIMEO, 10_000)
+        server.bind("inproc://outbox")
+        outbox.connect("inproc://outbox")
+        sender = threading.Thread(target=_send, args=(outbox, to_send, watch))
+        sender.start()
+        with watch.step():
+            assert server.recv_multipart()[0] == ALIVE
+            time.sleep(1)
+            while server.poll(0):
+                server.recv_multipart()
+            assert not server.poll(300)
+        assert server.recv_multipart()[0] == ALIVE
+        to_send.put(None)
+        sender.join()
+    assert caplog.text.count("seems to hang") == 1
 
 
 class Compiling:
