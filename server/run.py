@@ -7,11 +7,13 @@ import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import uvicorn
 import uvloop
 
@@ -203,6 +205,7 @@ async def _listen_and_drain(
             raise ModelLoadError(f"cannot listen on {_url(args, listener)}: {one_line(_failure(serving))}")
         await asyncio.sleep(0.01)
     _say(f"Serving {', '.join(state.config.served_names)} at {_url(args, listener)}")
+    logger.info("ready %.1f s after the start", time.time() - psutil.Process().create_time())
     stopping, dying = asyncio.create_task(stop.wait()), asyncio.create_task(state.engine.dead.wait())
     await asyncio.wait((stopping, dying, serving), return_when=asyncio.FIRST_COMPLETED)
     if state.engine.dead.is_set():

@@ -19,6 +19,7 @@ from engine.models.llava import LlavaForConditionalGeneration
 from engine.models.loader import load_model
 from engine.models.rotary import long_context_start
 from engine.step import SchedulerOutput
+from engine.summary import summary
 from engine.worker.decode_graphs import DecodeGraphs, decode_sizes
 from engine.worker.grammar_masks import GrammarMasks
 from engine.worker.input_batch import InputBatch, StepLayout
@@ -85,6 +86,7 @@ class ModelRunner:
         self._batch.block_table[self._batch.padding_slot] = self.num_blocks
         if self._uses_graphs:
             self._capture()
+        logger.info("%s", summary(config, self.num_blocks))
 
     @property
     def _uses_graphs(self) -> bool:
@@ -262,10 +264,12 @@ class ModelRunner:
 
     def _free_gpu_bytes(self) -> int:
         """Memory that remains below the utilization limit when the largest step runs."""
+        started = time.monotonic()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         self._profile()
         torch.cuda.synchronize()
+        logger.info("compiled kernels and measured the largest step in %.1f s", time.monotonic() - started)
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
