@@ -7,18 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from engine.sampling_params import MAX_STOP_LENGTH, MAX_STOP_STRINGS
-from server.protocol import (
-    MAX_MESSAGES,
-    MAX_PARTS,
-    ChatCompletionRequest,
-    ImagePart,
-    ImageUrl,
-    Message,
-    Part,
-    RequestModel,
-    TemplateFields,
-    TextPart,
-)
+from server.conversation import MAX_MESSAGES, MAX_PARTS, ImagePart, ImageUrl, Message, Part, TemplateFields, TextPart
+from server.protocol import ChatCompletionRequest
+from server.request_model import RequestModel
 
 
 class Base64Source(RequestModel):

@@ -7,8 +7,9 @@ from typing import Any
 from engine.chat_template import ChatTemplate
 from engine.config import EngineConfig
 from engine.input_processor import PreparedImage, ProcessedPrompt, load_tokenizer
+from server.conversation import TemplateFields
 from server.errors import bad_request, blaming
-from server.protocol import ChatCompletionRequest, TemplateFields
+from server.protocol import ChatCompletionRequest
 from server.state import ServerState
 from server.tools import Tool
 

@@ -1,25 +1,20 @@
 """OpenAI's requests, with the extensions that vLLM made usual. What is not served is refused here."""
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
-from itertools import groupby
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import BeforeValidator, Field, field_validator
 
 from engine.grammar.structured_outputs import StructuredOutputs
 from engine.sampling_params import MAX_COUNT, MAX_LIST, SamplingParams
 from server import tools
+from server.conversation import TemplateFields
+from server.request_model import RequestModel, beginning_with
 from server.tool_parsers import MARKED_BY_SPECIAL_TOKENS, PARSERS
-from server.tools import MAX_TOOLS, Choice, NamedToolChoice, Tool, ToolCall, ToolUse
+from server.tools import MAX_TOOLS, Choice, NamedToolChoice, Tool, ToolUse
 
-MAX_MESSAGES = 1024
-MAX_PARTS = 1024
 MAX_PROMPTS = 128
 _LONGEST_ID = 12
 """Digits of a token id, and more."""
@@ -37,12 +32,6 @@ def _few(bias: Any) -> Any:
 
 
 _Bias = Annotated[dict[str, float], BeforeValidator(_few)]
-
-
-class RequestModel(BaseModel):
-    """Types are not guessed: a number in quotes is no number. Unknown fields are ignored, as OpenAI's clients need."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
 
 class StreamOptions(RequestModel):
@@ -199,15 +188,6 @@ class SamplingFields(RequestModel):
         return SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs)
 
 
-@contextmanager
-def beginning_with(field: str) -> Iterator[None]:
-    """Errors begin with the field that they are about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{field}: {error}") from None
-
-
 def _known_fields(given: dict[str, Any]) -> dict[str, Any]:
     """Nulls left out; `ValueError` for what is not known, which would have changed the answer."""
     names = {field.name for field in fields(StructuredOutputs)}
@@ -228,143 +208,6 @@ _NOT_SERVED = (
     "audio", "documents", "kv_transfer_params", "logits_processors", "mm_processor_kwargs", "prompt_embeds",
     "return_tokens_as_token_ids", "web_search_options",
 )  # fmt: skip
-
-
-class TextPart(RequestModel):
-    """A piece of text."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ImageUrl(RequestModel):
-    """Where an image is."""
-
-    url: str
-    detail: Literal["auto", "low", "high"] | None = "auto"
-
-
-class ImagePart(RequestModel):
-    """An image."""
-
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-class OtherPart(RequestModel):
-    """A kind of part that is not served; always an error."""
-
-    type: Literal["text", "image_url"]
-
-
-def _part_kind(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return kind if kind in ("text", "image_url") else "other"
-
-
-Part = Annotated[
-    Annotated[TextPart, Tag("text")]
-    | Annotated[ImagePart, Tag("image_url")]
-    | Annotated[SkipJsonSchema[OtherPart], Tag("other")],
-    Discriminator(_part_kind),
-]
-
-
-def _plain_part(part: Part) -> dict[str, Any]:
-    return {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image_url"}
-
-
-def _plain_call(call: ToolCall) -> dict[str, Any]:
-    """With arguments as an object, as templates want them."""
-    with beginning_with("messages"):
-        try:
-            arguments = json.loads(call.function.arguments or "{}")
-        except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            raise ValueError("the arguments of a tool call must be the text of a JSON object")
-    return {**call.model_dump(exclude_none=True), "function": {"name": call.function.name, "arguments": arguments}}
-
-
-class Message(RequestModel):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
-    name: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_call_id: str | None = None
-
-    @property
-    def parts(self) -> "list[Part]":
-        """Its content as parts."""
-        if isinstance(self.content, str):
-            return [TextPart(type="text", text=self.content)]
-        return self.content or []
-
-    @property
-    def num_characters(self) -> int:
-        """Of its texts."""
-        return sum(len(part.text) for part in self.parts if isinstance(part, TextPart))
-
-    def plain(self) -> dict[str, Any]:
-        """As a template takes it; where its images are is left out."""
-        plain = self.model_dump(exclude_none=True, exclude={"content", "tool_calls"})
-        if self.tool_calls:
-            plain["tool_calls"] = [_plain_call(call) for call in self.tool_calls]
-        if self.content is None:
-            return plain
-        shown = self.content if isinstance(self.content, str) else [_plain_part(part) for part in self.content]
-        return {**plain, "content": shown}
-
-
-def joined_turns(messages: Sequence[Message]) -> list[Message]:
-    """Messages of one role that follow each other as one turn, as templates want it; a developer is the system.
-
-    Raises:
-        ValueError: a turn has too many parts.
-    """
-    turns = []
-    for role, run in groupby(messages, lambda message: "system" if message.role == "developer" else message.role):
-        first, *others = run
-        if not others:
-            turns.append(first)
-            continue
-        parts = [part for message in (first, *others) for part in message.parts]
-        if len(parts) > MAX_PARTS:
-            raise ValueError(
-                f"messages: a turn of role {role!r} has {len(parts)} parts: at most {MAX_PARTS} are allowed"
-            )
-        turns.append(Message(role=first.role, content=parts))
-    return turns
-
-
-class TemplateFields(RequestModel):
-    """How a conversation becomes a prompt."""
-
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    add_special_tokens: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    def check_template_fields(self) -> None:
-        """Raise `ValueError` for contradictions."""
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-        if self.continue_final_message and self.messages[-1].role != "assistant":
-            raise ValueError("continue_final_message needs a last message of the assistant")
-        for message in self.messages:
-            if message.content is None and not (message.role == "assistant" and message.tool_calls):
-                raise ValueError(f"messages: a message of role {message.role!r} has no content")
-            if message.role != "user" and any(isinstance(part, ImagePart) for part in message.content or []):
-                raise ValueError(f"messages: a message of role {message.role!r} cannot hold images")
-
-    def image_urls(self) -> list[str]:
-        """Where the images are, in order."""
-        parts = [part for m in self.messages if isinstance(m.content, list) for part in m.content]
-        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
 
 
 class ChatCompletionRequest(TemplateFields, SamplingFields):

@@ -14,11 +14,11 @@ from starlette.responses import Response
 
 from engine.outputs import Delta
 from server.chat import Chat, logprob_json, start_chat
+from server.conversation import Message
 from server.errors import ApiError, bad_request, from_exception
 from server.generation import Usage
 from server.openapi import describe, describe_post
 from server.prompts import check_system_text
-from server.protocol import Message
 from server.response_store import StoredResponse
 from server.responses_answer import DeletedResponse, ResponseObject, ResponseStreamEvent
 from server.responses_protocol import ResponsesRequest

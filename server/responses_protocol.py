@@ -5,21 +5,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic.json_schema import SkipJsonSchema
 
+from server.conversation import MAX_MESSAGES, MAX_PARTS, ImagePart, ImageUrl, Message, Part, TextPart, joined_turns
 from server.errors import bad_request
-from server.protocol import (
-    MAX_MESSAGES,
-    MAX_PARTS,
-    ChatCompletionRequest,
-    ImagePart,
-    ImageUrl,
-    Message,
-    Part,
-    RequestModel,
-    SamplingFields,
-    StreamOptions,
-    TextPart,
-    joined_turns,
-)
+from server.protocol import ChatCompletionRequest, SamplingFields, StreamOptions
+from server.request_model import RequestModel
 
 LOGPROBS = "message.output_text.logprobs"
 """What `include` holds to have log probabilities."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import resource
@@ -155,7 +156,8 @@ def _listen(args: ServerArgs) -> socket.socket:
         return _bound(family, address)
     except OSError as error:
         place = args.uds or f"{args.host}:{args.port}"
-        raise ModelLoadError(f"cannot listen on {place}: {error.strerror or error}") from error
+        hint = ": choose another --port" if error.errno == errno.EADDRINUSE and args.uds is None else ""
+        raise ModelLoadError(f"cannot listen on {place}: {error.strerror or error}{hint}") from error
 
 
 def _bound(family: int, address: Any) -> socket.socket:
