@@ -1,0 +1,91 @@
+"""What the documents tell people to type does what they say."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server.args import parse_args
+from tests.server.launch import ROOT, Server, environment
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ADDRESS = "http://127.0.0.1:8000"
+_BLOCK = re.compile(r"^```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(document: Path, kind: str) -> list[str]:
+    """The code of one language in a document."""
+    found = _BLOCK.finditer(document.read_text(encoding="utf-8"))
+    return [block["code"] for block in found if block["kind"] == kind]
+
+
+def commands(document: Path) -> list[list[str]]:
+    """Each command of a document's shell blocks, as words."""
+    lines = "".join(blocks(document, "bash")).replace("\\\n", " ").splitlines()
+    return [
+        shlex.split(line, comments=True) for line in lines if re.match(r"(?:[A-Z_]+=\S* )*(?:python|make|\.venv)", line)
+    ]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    started = Server.start(tmp_path_factory.mktemp("server")).wait_until_serving()
+    yield started
+    started.stop()
+
+
+def run(command: list[str], server: Server) -> str:
+    env = {**environment(), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert server.process.poll() is None
+    return done.stdout
+
+
+def with_python(document: Path) -> bool:
+    return bool(blocks(document, "python"))
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if with_python(path)], ids=lambda path: path.stem)
+def test_python(document: Path, server: Server, tmp_path: Path) -> None:
+    """All of a document's, one behind the other in one program."""
+    script = tmp_path / "script.py"
+    script.write_text("\n".join(blocks(document, "python")).replace(ADDRESS, server.url), encoding="utf-8")
+    assert run([sys.executable, "-W", "error::DeprecationWarning", str(script)], server)
+
+
+def with_curl(document: Path) -> bool:
+    return any("curl" in code for code in blocks(document, "bash"))
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if with_curl(path)], ids=lambda path: path.stem)
+def test_curl(document: Path, server: Server, tmp_path: Path) -> None:
+    for code in blocks(document, "bash"):
+        if "curl" in code:
+            text = code.replace(ADDRESS, server.url).replace("curl ", "curl -sS --fail-with-body ")
+            text = text.replace("request.json", str(tmp_path / "request.json"))
+            assert run(["bash", "-euo", "pipefail", "-c", text], server)
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if commands(path)], ids=lambda path: path.stem)
+def test_flags(document: Path) -> None:
+    """The server's flags exist, and the modules that are run."""
+    seen = 0
+    for words in commands(document):
+        given: list[str] | None = None
+        if "-m" in words:
+            module, *given = words[words.index("-m") + 1 :]
+            assert module == "pip" or any(
+                (ROOT / module.replace(".", "/")).with_suffix(end).exists() for end in ("", ".py")
+            )
+            given = given if module == "server" else None
+        elif words[:2] == ["make", "serve"]:
+            given = shlex.split(next((w.removeprefix("ARGS=") for w in words if w.startswith("ARGS=")), ""))
+        if given is not None and "--help" not in given:
+            parse_args(given)
+            seen += 1
+    assert seen or document.name != "README.md"
