@@ -32,14 +32,8 @@ const scroller = byId("scroller");
 async function send(ready = null) {
   const message = ready ?? draft();
   if (running || (!message.text && !message.pictures.length)) return;
-  complain("");
-  let fields;
-  try {
-    fields = chosenFields();
-  } catch (error) {
-    complain(error.message);
-    return;
-  }
+  const fields = fieldsOrComplaint();
+  if (!fields) return;
   if (edited && !ready) cutBefore(edited);
   stopEditing();
   if (!ready) setDraft(EMPTY);
@@ -258,6 +252,17 @@ function stopEditing() {
   byId("editing").hidden = true;
 }
 
+/** The fields of the request that the settings make; null, and what is wrong is shown, where they are no such thing. */
+function fieldsOrComplaint() {
+  complain("");
+  try {
+    return chosenFields();
+  } catch (error) {
+    complain(error.message);
+    return null;
+  }
+}
+
 function cancelEditing() {
   stopEditing();
   setDraft(EMPTY);
@@ -265,14 +270,8 @@ function cancelEditing() {
 }
 
 async function answerAgain(turn) {
-  let fields;
-  try {
-    fields = chosenFields();
-  } catch (error) {
-    complain(error.message);
-    return;
-  }
-  complain("");
+  const fields = fieldsOrComplaint();
+  if (!fields) return;
   stopEditing();
   cutBefore(turn);
   text.focus();
