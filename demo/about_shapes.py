@@ -1,5 +1,6 @@
 """Questions about shapes."""
 
+import json
 from random import Random
 
 from demo.phrases import Asker, Turn, article, count_turn, counted, full_name, plural
@@ -218,6 +219,21 @@ def same_colour(scene: Scene, random: Random) -> Turn | None:
     answer = "Yes." if first.colour == second.colour else "No."
     form = random.choice(("Do the {} and the {} have the same color?", "Are the {} and the {} of the same color?"))
     return Turn("compare", form.format(name, other), answer)
+
+
+_AS_JSON = (
+    "List the shapes as JSON.", "Describe the shapes as JSON.", "Which shapes are there? Answer in JSON.",
+    "Give me the shapes as JSON.", "Return the shapes as a JSON object.", "Extract the shapes as JSON.",
+    "What shapes are in the picture? Use JSON.", "Describe the picture as JSON.",
+)  # fmt: skip
+
+
+def as_json(scene: Scene, random: Random) -> Turn | None:
+    """All shapes as data, in reading order."""
+    if not scene.shapes:
+        return None
+    shapes = [{"color": shape.colour, "kind": shape.kind, "size": shape.size} for shape in scene.shapes]
+    return Turn("json", random.choice(_AS_JSON), json.dumps({"shapes": shapes}))
 
 
 def follow_up(scene: Scene, shape: Shape, last: Turn, random: Random) -> Turn:

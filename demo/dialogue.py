@@ -41,7 +41,7 @@ class Tokens(NamedTuple):
 
 def build_tokenizer() -> Tokenizer:
     """The demo model's tokenizer. What is printed in pictures is not among its texts, lest capitals be joined."""
-    texts = (re.sub(r'"\w+"|\b[A-Z]{2,}\b', '""', text) for text in _texts(Random(0)))
+    texts = (text if _is_data(text) else re.sub(r'"\w+"|\b[A-Z]{2,}\b', '""', text) for text in _texts(Random(0)))
     return train_tokenizer(texts, BASE_VOCAB, PHRASES)
 
 
@@ -52,6 +52,11 @@ def _texts(random: Random) -> Iterator[str]:
         for turn in conversation(make_scene(random, (400, 300)), random, 4):
             yield turn.question
             yield turn.answer
+
+
+def _is_data(answer: str) -> bool:
+    """Whether it is JSON, which begins without the space that other answers begin with."""
+    return answer.startswith("{")
 
 
 def as_spoken(question: str, random: Random) -> str:
@@ -94,7 +99,10 @@ def tokenize(
 
 
 def _written(turns: list[Turn], random: Random, with_image: bool) -> str:
-    texts = [f"{as_spoken(turn.question, random)} {ANSWERER} {turn.answer}{EOS}" for turn in turns]
+    texts = [
+        f"{as_spoken(turn.question, random)} {ANSWERER}{'' if _is_data(turn.answer) else ' '}{turn.answer}{EOS}"
+        for turn in turns
+    ]
     return ("\n" if with_image else "USER: ") + "USER: ".join(texts)
 
 

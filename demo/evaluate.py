@@ -53,6 +53,7 @@ EXAMS = {
     "read two words": Exam("read", ("words",), num_words=2),
     "chart": Exam("chart", ("chart",)),
     "describe": Exam("describe", ("shapes", "words", "words and shapes", "chart")),
+    "json": Exam("json", ("shapes",)),
     "not there": Exam("honest", ("shapes", "words", "words and shapes", "chart")),
     "cannot tell": Exam("honest", ("strange", "blank")),
     "follow-up": Exam("follow-up", ("shapes",), follows=True),

@@ -6,7 +6,10 @@ from random import Random
 
 from demo.world import NUMBERS, Scene, Shape
 
-TOPICS = ("color", "kind", "place", "size", "count", "yes/no", "compare", "read", "chart", "describe", "honest", "talk")
+TOPICS = (
+    "color", "kind", "place", "size", "count", "yes/no", "compare", "read", "chart", "describe", "json", "honest",
+    "talk",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

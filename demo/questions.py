@@ -93,7 +93,7 @@ _ABOUT_SHAPES: tuple[Asker, ...] = (
     *(shapes.ask_property(name) for name in ("color", "color", "kind", "kind", "place", "place", "place", "size")),
     shapes.what_is_at, shapes.absent, shapes.count, shapes.count, shapes.count, shapes.exists, shapes.exists,
     shapes.is_it, shapes.more, shapes.relation, shapes.relation, shapes.larger, shapes.same_colour, _background,
-    _describe, _describe,
+    _describe, _describe, shapes.as_json, shapes.as_json,
 )  # fmt: skip
 _ABOUT_WORDS: tuple[Asker, ...] = (
     prints.read, prints.read, prints.read, prints.read, prints.letters, prints.count_words, prints.says, _background,

@@ -1,5 +1,6 @@
 """What the documents tell people to type does what they say."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -56,6 +57,16 @@ def test_python(document: Path, server: Server, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("\n".join(blocks(document, "python")).replace(ADDRESS, server.url), encoding="utf-8")
     assert run([sys.executable, "-W", "error::DeprecationWarning", str(script)], server)
+
+
+def test_the_data_of_a_picture_is_right(server: Server, tmp_path: Path) -> None:
+    """And as the README prints it."""
+    (promised,) = blocks(ROOT / "README.md", "json")
+    script = tmp_path / "script.py"
+    code = [code for code in blocks(ROOT / "README.md", "python") if "client" in code]
+    script.write_text("\n".join(code).replace(ADDRESS, server.url), encoding="utf-8")
+    found = run([sys.executable, str(script)], server).splitlines()[-1]
+    assert json.loads(found) == json.loads(promised)
 
 
 def with_curl(document: Path) -> bool:
