@@ -132,15 +132,20 @@ def make_step(
     return Step(torch.randn(starts[-1], HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda"), cache, metadata)
 
 
-def decode_plans(splits: Sequence[int], warps: Sequence[int]) -> list[DecodePlan]:
+def decode_plans(splits: Sequence[int]) -> list[DecodePlan]:
     """To try. With 3 stages a program holds one tile of keys, with 5 two: where they lie is a stage of its own."""
-    return [DecodePlan(*shape) for shape in itertools.product(splits, (64, 128), warps, (2, 3, 5), (False, True))]
+    by_tensor_cores = itertools.product(splits, (32, 64, 128), (4, 8), (2, 3, 5))
+    plain = itertools.product(splits, (32, 64, 128), (2, 4))
+    return [DecodePlan(*shape) for shape in by_tensor_cores] + [DecodePlan(*shape, uses_dot=False) for shape in plain]
 
 
 def show_decode(title: str, step: Step, floor: float, plans: Sequence[DecodePlan], calls: int) -> None:
     """Print the time of one layer's decode attention by the plan in use and by others."""
     metadata, kv_heads = step.metadata, step.cache.shape[3]
-    in_use = plan(metadata.num_decodes, kv_heads, exact=False, counted=metadata.counts is not None)
+    in_use = plan(
+        metadata.num_decodes, kv_heads, exact=False, counted=metadata.counts is not None,
+        fp8=kv_heads == HEADS and step.cache.dtype == torch.float8_e4m3fn,
+    )  # fmt: skip
     attend = partial(decode_attention, **step.kwargs)
     times = time_all([(option, partial(attend, chosen=option)) for option in [in_use, *plans]], calls)
     print(f"{title}, {kv_heads} kv heads, cache {step.cache.dtype}: floor {floor:.4f} ms; in use {in_use}")
@@ -153,7 +158,7 @@ def tune_decode(speed: float, *, full: bool) -> None:
     cases = ((128, 704), (32, 1024), (8, 704), (1, 704), (1, 4000))
     splits = {128: (1, 2), 32: (1, 2, 4), 8: (4, 8), 1: (16,)}
     for (batch, length), cached in itertools.product(cases, CACHES):
-        plans = decode_plans(splits[batch], (4, 8) if batch == 128 else (4,)) if full else []
+        plans = decode_plans(splits[batch]) if full else []
         step, floor = make_step([length] * batch, [], cached), reading(batch * length, cached) / speed * 1000
         show_decode(f"decode batch {batch} length {length}", step, floor, plans, 2 if batch > 8 else 8)
 
@@ -161,7 +166,7 @@ def tune_decode(speed: float, *, full: bool) -> None:
 def tune_mixed(speed: float, *, full: bool) -> None:
     """The requests with one token of steps that compute a prompt too."""
     for (batch, length), cached in itertools.product(((128, 704), (32, 1024), (8, 704)), CACHES):
-        plans = decode_plans((1, 2, 4), (4, 8)) if full else []
+        plans = decode_plans((1, 2, 4)) if full else []
         step = make_step([length] * batch, [640], cached, counted=True)
         floor = reading(batch * length, cached) / speed * 1000
         show_decode(f"mixed batch {batch} length {length}", step, floor, plans, 2 if batch > 8 else 8)
@@ -171,7 +176,7 @@ def tune_shared(speed: float, *, full: bool) -> None:
     """Requests with one token that begin alike, alone and beside a prompt."""
     batch, length, shared = 128, 704, 624
     for counted, cached in itertools.product((False, True), CACHES):
-        plans = decode_plans((1, 2, 4), (4,)) if full else []
+        plans = decode_plans((1, 2, 4)) if full else []
         step = make_step([length] * batch, [640] if counted else [], cached, counted=counted, shared=shared)
         floor = reading(batch * (length - shared) + shared, cached) / speed * 1000
         show_decode(f"shared {shared} of {length}, batch {batch}{', mixed' * counted}", step, floor, plans, 8)

@@ -15,8 +15,8 @@ from engine.attention.triton_fp8 import for_products, scale_at
 from engine.kernels.overlap import overlap, wait_for_inputs
 
 _MOST_SPLITS = 16
-_COUNTED_SPLITS = 4
-"""Where only the GPU knows the number of requests: fewer would leave some programs with more to do than others."""
+_COUNTED_SPLITS = 2
+"""Where only the GPU knows the number of requests: they may be few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,21 +29,112 @@ class DecodePlan:
     """Keys read at once."""
     warps: int
     stages: int = 3
+    """Of reading ahead, where there are products of tensor cores to hide it behind."""
     uses_dot: bool = True
     """Whether a single head's products are padded so that tensor cores make them."""
 
 
-def plan(num_requests: int, kv_heads: int, *, exact: bool, counted: bool = False) -> DecodePlan:
-    """As many parts as give an H100 about a thousand programs; `python -m bench.kernels decode mixed` tries others."""
+def plan(num_requests: int, kv_heads: int, *, exact: bool, counted: bool = False, fp8: bool = False) -> DecodePlan:
+    """As many parts as give an H100 about a thousand programs; `python -m bench.kernels decode mixed` tries others.
+
+    `fp8` says that keys and values of 8 bits are read for one head each. Tensor cores would take values out of shared
+    memory byte by byte.
+    """
     programs = num_requests * kv_heads
     splits = min(_MOST_SPLITS, triton.next_power_of_2(triton.cdiv(1024, programs)))
-    columns = 32 if exact or splits == _MOST_SPLITS else 64
-    return DecodePlan(_COUNTED_SPLITS if counted else splits, columns, 4, uses_dot=not exact)
+    if counted:
+        return DecodePlan(_COUNTED_SPLITS, 32 if exact else 64, 4, uses_dot=not exact and not fp8)
+    if fp8 and splits < _MOST_SPLITS:
+        return DecodePlan(splits, 64, 2, uses_dot=False)
+    return DecodePlan(splits, 32 if exact or splits == _MOST_SPLITS else 64, 4, uses_dot=not exact and not fp8)
 
 
 def shared_parts(splits: int) -> int:
     """Parts of a shared prefix, so that there is a power of two in all."""
     return {1: 3, 2: 6, 4: 4, 8: 8}.get(splits, splits)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile(  # type: ignore[no-untyped-def]
+    column, cache, value_offset, table, end, seq_len, block_stride, slot_stride,
+    HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of the next columns (COLUMNS, HEAD_PAD), and which of them are seen."""
+    columns = column + tl.arange(0, COLUMNS)
+    dims = tl.arange(0, HEAD_PAD)
+    in_range = columns < end
+    blocks = tl.load(table + columns // BLOCK_SIZE, mask=in_range, other=0)
+    slots = blocks.to(tl.int64) * block_stride + (columns % BLOCK_SIZE) * slot_stride
+    kv_mask = in_range[:, None] & (dims < HEAD_DIM)[None, :]
+    k = tl.load(cache + slots[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+    v = tl.load(cache + value_offset + slots[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+    if WINDOW > 0:
+        in_range &= columns >= seq_len - WINDOW
+    return k, v, in_range
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _read_for_group(  # type: ignore[no-untyped-def]
+    q, cache, value_offset, table, begin, end, seq_len, scale, block_stride, slot_stride,
+    HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The greatest score, the sum and the weighted values of each of the heads of q (heads, HEAD_PAD)."""
+    best = tl.full([q.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([q.shape[0]], tl.float32)
+    acc = tl.zeros(q.shape, tl.float32)
+    for column in tl.range(begin, end, COLUMNS, num_stages=STAGES):
+        k, v, seen = _tile(
+            column, cache, value_offset, table, end, seq_len, block_stride, slot_stride, HEAD_DIM, HEAD_PAD, BLOCK_SIZE,
+            COLUMNS, WINDOW,
+        )  # fmt: skip
+        v = v.to(q.dtype)
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        newest = tl.maximum(best, tl.max(scores, 1))
+        weights = tl.exp(scores - newest[:, None])
+        decay = tl.exp(best - newest)
+        total = total * decay + tl.sum(weights, 1)
+        acc = acc * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        best = newest
+    return best, total, acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _read_for_one(  # type: ignore[no-untyped-def]
+    q, cache, value_offset, table, begin, end, seq_len, scale, block_stride, slot_stride,
+    HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The same for the one head of q (1, HEAD_PAD), by plain products: tensor cores would multiply by fifteen others.
+
+    Each of LANES columns of a tile goes into a softmax of its own, so that nothing passes between warps before the
+    end.
+    """
+    LANES: tl.constexpr = 16
+    query = q.to(tl.float32) * scale
+    best = tl.full([LANES], -1e30, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    acc = tl.zeros([LANES, HEAD_PAD], tl.float32)
+    for column in range(begin, end, COLUMNS):
+        k, v, seen = _tile(
+            column, cache, value_offset, table, end, seq_len, block_stride, slot_stride, HEAD_DIM, HEAD_PAD, BLOCK_SIZE,
+            COLUMNS, WINDOW,
+        )  # fmt: skip
+        scores = tl.where(seen, tl.sum(query * k.to(tl.float32), 1), float("-inf"))
+        scores = tl.reshape(scores, [COLUMNS // LANES, LANES])
+        values = tl.reshape(v.to(tl.float32), [COLUMNS // LANES, LANES, HEAD_PAD])
+        newest = tl.maximum(best, tl.max(scores, 0))
+        weights = tl.exp(scores - newest[None, :])
+        decay = tl.exp(best - newest)
+        total = total * decay + tl.sum(weights, 0)
+        acc = acc * decay[:, None] + tl.sum(weights[:, :, None] * values, 0)
+        best = newest
+    greatest = tl.max(best, 0)
+    decay = tl.exp(best - greatest)
+    ones = tl.zeros([1], tl.float32)
+    return ones + greatest, ones + tl.sum(total * decay, 0), tl.sum(acc * decay[:, None], 0)[None, :]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -74,35 +165,17 @@ def _attend_part(  # type: ignore[no-untyped-def]
     q = tl.load(query + tl.cast(request, tl.int64) * query_stride + in_head, mask=head_mask, other=0.0)
     q = for_products(q, kv_scales)
     scale *= scale_at(kv_scales, kv_head)
-    best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
-    for column in tl.range(begin, end, COLUMNS, num_stages=STAGES):
-        columns = column + tl.arange(0, COLUMNS)
-        in_range = columns < end
-        blocks = tl.load(table + columns // BLOCK_SIZE, mask=in_range, other=0)
-        slots = blocks.to(tl.int64) * block_stride + (columns % BLOCK_SIZE) * slot_stride + kv_head * HEAD_DIM
-        kv_mask = in_range[:, None] & (dims < HEAD_DIM)[None, :]
-        k = tl.load(cache + slots[:, None] + dims[None, :], mask=kv_mask, other=0.0).to(q.dtype)
-        v = tl.load(cache + value_offset + slots[:, None] + dims[None, :], mask=kv_mask, other=0.0).to(q.dtype)
-        if GROUP_PAD == 1:
-            scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :] * scale
-        else:
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        seen = in_range
-        if WINDOW > 0:
-            seen &= columns >= seq_len - WINDOW
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        newest = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp(scores - newest[:, None])
-        decay = tl.exp(best - newest)
-        total = total * decay + tl.sum(weights, 1)
-        if GROUP_PAD == 1:
-            weighted = tl.sum(tl.reshape(weights, [COLUMNS, 1]) * v.to(tl.float32), 0)[None, :]
-        else:
-            weighted = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        acc = acc * decay[:, None] + weighted
-        best = newest
+    first_slot = kv_head * HEAD_DIM
+    if GROUP_PAD == 1:
+        best, total, acc = _read_for_one(
+            q, cache + first_slot, value_offset, table, begin, end, seq_len, scale, block_stride, slot_stride, HEAD_DIM,
+            HEAD_PAD, BLOCK_SIZE, COLUMNS, WINDOW,
+        )  # fmt: skip
+    else:
+        best, total, acc = _read_for_group(
+            q, cache + first_slot, value_offset, table, begin, end, seq_len, scale, block_stride, slot_stride, HEAD_DIM,
+            HEAD_PAD, BLOCK_SIZE, COLUMNS, STAGES, WINDOW, PRECISION,
+        )  # fmt: skip
     acc *= scale_at(kv_scales, KV_HEADS + kv_head)
     if SPLITS + SHARED_PARTS == 1:
         acc = acc / total[:, None]
@@ -128,25 +201,6 @@ def _attend_part(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _decode(  # type: ignore[no-untyped-def]
-    query, cache, output, partial, partial_lse, rows, positions, block_table, shared,
-    kv_scales, scale, value_offset, query_stride, output_stride, block_stride, slot_stride, table_stride,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, SHARED_PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """One program: one request, key-value head and part."""
-    wait_for_inputs(OVERLAP)
-    _attend_part(
-        tl.program_id(0), tl.program_id(1), tl.program_id(2), query, cache, output, partial, partial_lse, rows,
-        positions, block_table, shared, kv_scales, scale, value_offset, query_stride, output_stride, block_stride,
-        slot_stride, table_stride, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, BLOCK_SIZE, SPLITS, COLUMNS,
-        STAGES, WINDOW, PRECISION, SHARED_PARTS,
-    )  # fmt: skip
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _decode_counted(  # type: ignore[no-untyped-def]
     counts, query, cache, output, partial, partial_lse, rows, positions, block_table, shared,
     kv_scales, scale, value_offset, query_stride, output_stride, block_stride, slot_stride, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -154,15 +208,19 @@ def _decode_counted(  # type: ignore[no-untyped-def]
     STAGES: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, SHARED_PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The same where only the GPU knows how many requests there are: each program takes one after the other."""
+    """One program: one request, key-value head and part. Where only the GPU knows how many requests there are, the
+    programs of those that are not there end at once: that costs less than programs that take one after the other.
+    """
     wait_for_inputs(OVERLAP)
-    for item in range(tl.program_id(0), tl.load(counts) * KV_HEADS * SPLITS, tl.num_programs(0)):
-        _attend_part(
-            item // (KV_HEADS * SPLITS), item // SPLITS % KV_HEADS, item % SPLITS, query, cache, output, partial,
-            partial_lse, rows, positions, block_table, shared, kv_scales, scale, value_offset, query_stride,
-            output_stride, block_stride, slot_stride, table_stride, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD,
-            BLOCK_SIZE, SPLITS, COLUMNS, STAGES, WINDOW, PRECISION, SHARED_PARTS,
-        )  # fmt: skip
+    if counts is not None:
+        if tl.program_id(0) >= tl.load(counts):
+            return
+    _attend_part(
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), query, cache, output, partial, partial_lse, rows,
+        positions, block_table, shared, kv_scales, scale, value_offset, query_stride, output_stride, block_stride,
+        slot_stride, table_stride, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, BLOCK_SIZE, SPLITS, COLUMNS,
+        STAGES, WINDOW, PRECISION, SHARED_PARTS,
+    )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -264,7 +322,8 @@ def decode_attention(
     kv_heads = cache.shape[3]
     group, head_pad = heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
     exact = query.dtype == torch.float32
-    cut = chosen or plan(requests, kv_heads, exact=exact, counted=counts is not None)
+    fp8 = kv_scales is not None and group == 1
+    cut = chosen or plan(requests, kv_heads, exact=exact, counted=counts is not None, fp8=fp8)
     group_pad = 1 if group == 1 and not cut.uses_dot else max(16, triton.next_power_of_2(group))
     shares = metadata.shared is not None and not window
     num_shared = shared_parts(cut.splits) if shares else 0
@@ -285,10 +344,7 @@ def decode_attention(
     }  # fmt: skip
     settings = {"GROUP_PAD": group_pad, "STAGES": cut.stages, "WINDOW": window, "num_warps": cut.warps, **common}
     programs = num_programs(query.device)
-    if counts is None:
-        _decode[(requests, kv_heads, cut.splits)](*arguments, **settings)
-    else:
-        _decode_counted[(min(programs, requests * kv_heads * cut.splits),)](counts, *arguments, **settings)
+    _decode[(requests, kv_heads, cut.splits)](counts, *arguments, **settings)
     if shares:
         tokens = tile_tokens(heads, kv_heads, query.dtype)
         _decode_shared[(programs,)](
