@@ -25,6 +25,7 @@ class ImagePreparer:
         executor: where the work is done.
         max_pixels: of an image.
         on_decode: told how many seconds each decoding took.
+        on_prepare: the same of each call of `prepare`.
         remembered_bytes: of prepared images that are remembered.
     """
 
@@ -35,12 +36,14 @@ class ImagePreparer:
         *,
         max_pixels: int,
         on_decode: Callable[[float], None],
+        on_prepare: Callable[[float], None],
         remembered_bytes: int = _REMEMBERED_BYTES,
     ) -> None:
         self._prepare = prepare
         self._executor = executor
         self._max_pixels = max_pixels
         self._on_decode = on_decode
+        self._on_prepare = on_prepare
         self._capacity = self._room = remembered_bytes
         self._remembered: OrderedDict[bytes, PreparedImage] = OrderedDict()
         self._lock = threading.Lock()
@@ -62,8 +65,10 @@ class ImagePreparer:
                 return self._remembered[digest]
         started = time.monotonic()
         image = decode_image(data, max_pixels=self._max_pixels)
-        self._on_decode(time.monotonic() - started)
+        decoded = time.monotonic()
+        self._on_decode(decoded - started)
         prepared = self._prepare(image)
+        self._on_prepare(time.monotonic() - decoded)
         with self._lock:
             self._remember(digest, prepared)
         return prepared

@@ -39,6 +39,9 @@ class Metrics:
         self._decode = self._histogram("vllm:request_decode_time_seconds", "First token to last.", _LONG)
         self._fetch = self._histogram("vllm:image_fetch_seconds", "Fetching one image.", _SHORT)
         self._image_decode = self._histogram("vllm:image_decode_seconds", "Decoding one image.", _SHORT)
+        self._image_prepare = self._histogram(
+            "vllm:image_prepare_seconds", "Scaling and cropping one decoded image.", _SHORT
+        )
 
     def prompt(self, num_tokens: int) -> None:
         """A request was accepted."""
@@ -49,10 +52,11 @@ class Metrics:
         count = len(delta.token_ids)
         self._generation_tokens.inc(count)
         if count and not since:
-            self._first_token.observe(now - delta.metrics.arrival_time)
-        elif count:
-            for _ in range(count):
-                self._inter_token.observe((now - since) / count)
+            # A reader that came late finds the first token merged with others.
+            since, count = delta.metrics.first_token_time, count - 1
+            self._first_token.observe(since - delta.metrics.arrival_time)
+        for _ in range(count):
+            self._inter_token.observe((now - since) / count)
         if delta.finish_reason is not None:
             self._finished(delta)
 
@@ -68,6 +72,10 @@ class Metrics:
     def image_decoded(self, seconds: float) -> None:
         """An image was decoded."""
         self._image_decode.observe(seconds)
+
+    def image_prepared(self, seconds: float) -> None:
+        """A decoded image was made what the model takes."""
+        self._image_prepare.observe(seconds)
 
     def render(self) -> bytes:
         """Prometheus text."""

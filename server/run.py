@@ -128,6 +128,7 @@ def _state(engine: AsyncEngine, args: ServerArgs) -> ServerState:
             image_pool,
             max_pixels=args.max_image_pixels,
             on_decode=metrics.image_decoded,
+            on_prepare=metrics.image_prepared,
         ),
         metrics=metrics,
         text_pool=ThreadPoolExecutor(2, thread_name_prefix="text"),

@@ -31,8 +31,14 @@ class Preparer(ImagePreparer):
     def __init__(self, executor: Executor, *, remembered: int) -> None:
         self.seen: list[tuple[int, int]] = []
         self.times: list[float] = []
+        self.prepare_times: list[float] = []
         super().__init__(
-            self._count, executor, max_pixels=10**6, on_decode=self.times.append, remembered_bytes=remembered * SIZE
+            self._count,
+            executor,
+            max_pixels=10**6,
+            on_decode=self.times.append,
+            on_prepare=self.prepare_times.append,
+            remembered_bytes=remembered * SIZE,
         )
 
     def _count(self, image: Image.Image) -> PreparedImage:
@@ -53,7 +59,7 @@ async def test_images_that_came_before_are_not_decoded_again(tmp_path: Path, exe
         assert (await preparer.prepare(data)).data == bytes([width]) * SIZE
     # The third drove out the second, which had not been wanted for longest.
     assert preparer.seen == [(1, 10), (2, 10), (3, 10), (2, 10)]
-    assert len(preparer.times) == 4
+    assert len(preparer.times) == len(preparer.prepare_times) == 4
 
 
 async def test_what_is_too_large_is_not_remembered(tmp_path: Path, executor: Executor) -> None:
@@ -69,7 +75,7 @@ async def test_failures_are_not_remembered(executor: Executor) -> None:
         with pytest.raises(ImageError):
             await preparer.prepare(b"no image")
     assert not preparer.seen
-    assert not preparer.times
+    assert not preparer.times and not preparer.prepare_times
 
 
 async def test_one_request_leaves_room_for_others() -> None:
