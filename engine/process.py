@@ -66,9 +66,11 @@ class StepWatch:
         return time.monotonic() - self._began > self._most_seconds
 
 
-def run_engine(config: EngineConfig, inbox_address: str, outbox_address: str, log_level: str) -> None:
+def run_engine(
+    config: EngineConfig, inbox_address: str, outbox_address: str, log_level: str, log_format: str = "text"
+) -> None:
     """Serve until told to stop, or until the parent is gone."""
-    configure_logging(log_level)
+    configure_logging(log_level, log_format)
     threading.Thread(target=_die_with_parent, args=([inbox_address, outbox_address],), daemon=True).start()
     context = zmq.Context()
     outbox = context.socket(zmq.PUSH)

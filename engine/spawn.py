@@ -20,10 +20,10 @@ class Assignment(NamedTuple):
 class EngineProcess:
     """A process that gets ready and waits for its `Assignment`."""
 
-    def __init__(self, log_level: str) -> None:
+    def __init__(self, log_level: str, log_format: str = "text") -> None:
         context = multiprocessing.get_context("spawn")
         receiver, self._sender = context.Pipe(duplex=False)
-        self.process = context.Process(target=_main, args=(receiver, log_level), name="engine")
+        self.process = context.Process(target=_main, args=(receiver, log_level, log_format), name="engine")
         self.process.start()
         receiver.close()
         self._is_idle = True
@@ -42,7 +42,7 @@ class EngineProcess:
             self.process.join()
 
 
-def _main(receiver: Connection, log_level: str) -> None:
+def _main(receiver: Connection, log_level: str, log_format: str) -> None:
     # A terminal sends Ctrl-C to both processes; the parent drains first and then says stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -52,4 +52,4 @@ def _main(receiver: Connection, log_level: str) -> None:
         assignment: Assignment = receiver.recv()
     except EOFError:
         return  # the parent is gone
-    run_engine(*assignment, log_level)
+    run_engine(*assignment, log_level, log_format)

@@ -29,7 +29,7 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):  # until the event loop takes care of them
         signal.signal(number, leave)
-    begun.append(EngineProcess(args.log_level))
+    begun.append(EngineProcess(args.log_level, args.log_format))
     if told_to_leave:
         leave()
     try:

@@ -56,12 +56,13 @@ def create_app(state: ServerState) -> FastAPI:
     app.add_middleware(
         JsonCorsMiddleware, allow_origins=state.args.allowed_origins, allow_methods=["*"], allow_headers=["*"]
     )
-    app.add_middleware(RequestIdMiddleware)
     return app
 
 
 class RequestIdMiddleware:
-    """Gives each answer the name that its client gave the request, or a new one, in OpenAI's and Anthropic's header."""
+    """Gives each answer the name that its client gave the request, or a new one, in OpenAI's and Anthropic's header. It
+    lies in the scope as `request_id`. Goes around the application, so that answers to what nobody expected have it too.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -73,6 +74,7 @@ class RequestIdMiddleware:
             return
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid4().hex}".encode()
+        scope["request_id"] = request_id.decode()
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from engine.args import EngineArgs
 from engine.environment import fetch_timeout
+from engine.log import LOG_FORMATS
 from server.tool_parsers import PARSERS
 
 
@@ -58,6 +59,7 @@ class ServerArgs:
     log_level: str = _flag(
         "info", "server", "what is logged", choices=("debug", "info", "warning", "error", "critical")
     )
+    log_format: str = _flag("text", "server", "how lines of the log look; json: one object each", choices=LOG_FORMATS)
 
 
 class _Parser(argparse.ArgumentParser):

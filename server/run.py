@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from engine.args import EngineArgs
 from engine.chat_template import ChatTemplate, find_template, read_template
@@ -26,7 +27,8 @@ from engine.environment import fetch_timeout
 from engine.errors import ModelLoadError, one_line
 from engine.log import configure_logging
 from engine.spawn import EngineProcess
-from server.app import create_app
+from server.access_log import AccessLog
+from server.app import RequestIdMiddleware, create_app
 from server.args import ServerArgs, fail
 from server.grammars import GrammarChecker
 from server.http_protocol import LimitedProtocol
@@ -54,7 +56,7 @@ class _Server(uvicorn.Server):
 
 def run(engine_args: EngineArgs, args: ServerArgs, process: EngineProcess) -> None:
     """Serve until told to stop; does not return: the exit status is 0 unless the engine died."""
-    configure_logging(args.log_level)
+    configure_logging(args.log_level, args.log_format)
     _allow_many_connections()
     try:
         if args.chat_template is not None:
@@ -187,14 +189,17 @@ async def _listen_and_drain(
     state: ServerState, listener: socket.socket, stop: asyncio.Event, hurry: asyncio.Event
 ) -> int:
     args = state.args
+    app: ASGIApp = create_app(state)
+    if not args.disable_log_requests:
+        app = AccessLog(app)
     server = _Server(
         uvicorn.Config(
-            create_app(state),
+            RequestIdMiddleware(app),
             http=LimitedProtocol,
             ws="none",
             log_config=None,
             log_level=args.log_level,
-            access_log=not args.disable_log_requests,
+            access_log=False,  # ours tells more, and no queries
             ssl_keyfile=args.ssl_keyfile,
             ssl_certfile=args.ssl_certfile,
             timeout_graceful_shutdown=_FAREWELL_SECONDS,

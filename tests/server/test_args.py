@@ -27,6 +27,7 @@ _FLAGS = """
 --host --port --uds --api-key --allowed-origins --ssl-keyfile --ssl-certfile --root-path --chat-template
 --trust-request-chat-template --tool-call-parser
 --response-role --max-request-bytes --shutdown-timeout --disable-playground --disable-log-requests --log-level
+--log-format
 """
 
 
@@ -117,9 +118,10 @@ def test_api_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--root-path", "x"], ["--root-path", "x", "/"]),
         (["--image-input-type", "image_features"], ["--image-input-type", "image_features", "offline"]),
         (["--max-model-len", "1.5"], ["--max-model-len", "1.5"]),
+        (["--log-format", "xml"], ["--log-format", "xml", "json"]),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_refused_by_the_parser(capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]) -> None:
     line = refused(capsys, *flags)
     for word in words:

@@ -80,6 +80,7 @@ async def test_a_part_that_raises(
         assert json.loads(lines[-3].removeprefix("data: "))["error"]["message"] and lines[-2] == "data: [DONE]"
     else:
         error_of(response, 500)
+        assert response.headers["x-request-id"]
     for index in {0, 1, 2, 3} - set(failed):
         assert _said(found[index].text) == alone[index]
     assert "Traceback" in caplog.text, "nothing tells of it"
