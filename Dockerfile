@@ -24,7 +24,8 @@ WORKDIR /build
 
 # The dependencies are gigabytes and seldom change: they have a layer of their own, before the code.
 COPY pyproject.toml ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+print(*p['dependencies'], *p['optional-dependencies']['otel'], sep='\n')" \
         > requirements.txt \
     && pip install --requirement requirements.txt
 

@@ -51,6 +51,8 @@ def create_app(state: ServerState) -> FastAPI:
     install_handlers(app)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(ClientDisconnect, _client_gone)
+    if state.traces is not None:  # innermost: who has no key makes no spans
+        app.add_middleware(state.traces.middleware)
     if state.args.api_key:
         app.add_middleware(ApiKeyMiddleware, keys=state.args.api_key)
     app.add_middleware(

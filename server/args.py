@@ -8,6 +8,7 @@ import sys
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from engine.args import EngineArgs
 from engine.environment import fetch_timeout
@@ -60,6 +61,9 @@ class ServerArgs:
         "info", "server", "what is logged", choices=("debug", "info", "warning", "error", "critical")
     )
     log_format: str = _flag("text", "server", "how lines of the log look; json: one object each", choices=LOG_FORMATS)
+    otlp_traces_endpoint: str | None = _flag(
+        None, "server", "URL of an OpenTelemetry collector (OTLP over HTTP) that gets a span of each request"
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -178,4 +182,16 @@ def _check(args: ServerArgs) -> None:
         raise ValueError("--api-key is empty")
     if args.root_path and not args.root_path.startswith("/"):
         raise ValueError(f"--root-path is {args.root_path!r}: it must begin with /")
+    if args.otlp_traces_endpoint is not None:
+        _check_endpoint(args.otlp_traces_endpoint)
     fetch_timeout()
+
+
+def _check_endpoint(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        is_fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # its host or port is none
+        is_fine = False
+    if not is_fine:
+        raise ValueError(f"--otlp-traces-endpoint is {url!r}: it must be a URL as http://localhost:4318/v1/traces")

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from engine.client import ResponseStream
 from engine.input_processor import ProcessedPrompt
 from engine.outputs import Delta, TokenLogprobs
-from server.generation import Answer, Usage, abort, prompt_logprobs_json, run, shown_logprob
+from server.generation import Answer, Usage, abort, accepted, prompt_logprobs_json, run, shown_logprob
 from server.openapi import describe_post
 from server.prompts import chat_prompt
 from server.protocol import ChatCompletionRequest
@@ -68,8 +68,9 @@ async def start_chat(state: ServerState, body: ChatCompletionRequest, arrived: f
                 cache_salt=body.cache_salt or "",
                 request_id=name,
             )
-    state.metrics.prompt(len(prompt.token_ids))
-    return Chat(state, body, prompt, stream, name, model, use)
+    chat = Chat(state, body, prompt, stream, name, model, use)
+    accepted(state, chat.usage, params, name=name, model=model)
+    return chat
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from engine.client import ResponseStream
 from engine.input_processor import ProcessedPrompt
 from engine.outputs import Delta, TokenLogprobs
 from engine.sampling_params import SamplingParams
-from server.generation import Answer, Usage, abort, prompt_logprobs_json, run, shown_logprob
+from server.generation import Answer, Usage, abort, accepted, prompt_logprobs_json, run, shown_logprob
 from server.openapi import describe_post
 from server.prompts import text_prompt
 from server.protocol import CompletionRequest
@@ -70,8 +70,9 @@ async def _start(state: ServerState, body: CompletionRequest, arrived: float) ->
             )
             for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         ]
-    state.metrics.prompt(sum(len(prompt.token_ids) for prompt in prompts))
-    return _Completion(state, body, prompts, streams, name, model, params.n)
+    completion = _Completion(state, body, prompts, streams, name, model, params.n)
+    accepted(state, completion.usage, params, name=name, model=model)
+    return completion
 
 
 def _limit(state: ServerState, body: CompletionRequest, params: SamplingParams, prompt: ProcessedPrompt) -> int:
@@ -109,7 +110,7 @@ class _Completion:
         self._prompts = prompts
         self._streams = streams
         self._n = n
-        self._usage = Usage.of(prompts)
+        self.usage = Usage.of(prompts)
         self._head = {"id": name, "object": "text_completion", "created": int(time.time()), "model": model,
                       "system_fingerprint": state.fingerprint}  # fmt: skip
 
@@ -125,13 +126,13 @@ class _Completion:
             async for number, delta in deltas:
                 delta = self._trimmed(delta)
                 answers[number * self._n + delta.index].add(delta)
-                self._usage.add(number, delta)
+                self.usage.add(number, delta)
                 if delta.prompt_logprobs is not None:
                     prompt_logprobs[number] = delta.prompt_logprobs
         choices = [
             self._choice(index, answer, prompt_logprobs.get(index // self._n)) for index, answer in enumerate(answers)
         ]
-        return {**self._head, "choices": choices, "usage": self._usage.json()}
+        return {**self._head, "choices": choices, "usage": self.usage.json()}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a stream."""
@@ -140,7 +141,7 @@ class _Completion:
         async with aclosing(run(self._state, self._streams)) as deltas:
             async for number, delta in deltas:
                 delta = self._trimmed(delta)
-                self._usage.add(number, delta)
+                self.usage.add(number, delta)
                 index = number * self._n + delta.index
                 if index not in begun and self._body.echo:
                     yield self._chunk(index, self._prompts[number].text or "", None)
@@ -149,7 +150,7 @@ class _Completion:
                 if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
                     yield self._delta_chunk(index, delta, offsets, first=first)
         if self._body.include_usage:
-            yield {**self._head, "choices": [], "usage": self._usage.json()}
+            yield {**self._head, "choices": [], "usage": self.usage.json()}
 
     def _trimmed(self, delta: Delta) -> Delta:
         """Nothing was to be generated when `max_tokens` is 0; the engine had to make one token."""
@@ -207,7 +208,7 @@ class _Completion:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
         chunk: dict[str, Any] = {**self._head, "choices": [choice]}
         if self._body.include_usage:
-            chunk["usage"] = self._usage.json() if self._body.continuous_usage else None
+            chunk["usage"] = self.usage.json() if self._body.continuous_usage else None
         return chunk
 
 

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from engine.errors import EngineDeadError, QueueFullError
+from server import notes
 from server.paths import is_below
 from server.protocol import REQUEST_FIELDS
 
@@ -100,6 +101,12 @@ def blaming(field: str) -> Iterator[None]:
 
 def from_exception(error: BaseException) -> ApiError:
     """What a client is told about an exception; the unexpected ones are logged."""
+    told = _told(error)
+    notes.failed(told.status)
+    return told
+
+
+def _told(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError | EngineDeadError):

@@ -10,6 +10,8 @@ from typing import Any
 from engine.client import ResponseStream
 from engine.input_processor import ProcessedPrompt
 from engine.outputs import Delta, TokenLogprobs
+from engine.sampling_params import SamplingParams
+from server import notes
 from server.errors import ApiError
 from server.state import ServerState
 
@@ -69,6 +71,14 @@ class Usage:
         }
 
 
+def accepted(state: ServerState, usage: Usage, params: SamplingParams, *, name: str, model: str) -> None:
+    """A request is on its way to the engine: what is known of it now."""
+    state.metrics.prompt(usage.prompt_tokens)
+    noted = notes.current()
+    if noted is not None:
+        noted.name, noted.model, noted.params, noted.usage = name, model, params, usage
+
+
 async def run(state: ServerState, streams: Sequence[ResponseStream]) -> AsyncGenerator[tuple[int, Delta], None]:
     """The deltas of one or several prompts' streams as they come, each with the number of its stream.
 
@@ -77,10 +87,13 @@ async def run(state: ServerState, streams: Sequence[ResponseStream]) -> AsyncGen
         EngineDeadError: the engine process ended.
     """
     last_token_at: dict[tuple[int, int], float] = {}
+    noted = notes.current()
     async with aclosing(_merge(streams)) as deltas:
         async for number, delta in deltas:
             now, answer = time.monotonic(), (number, delta.index)
             state.metrics.delta(delta, last_token_at.get(answer, 0.0), now)
+            if noted is not None:
+                noted.answers[answer] = delta.metrics, delta.finish_reason
             if delta.error is not None:
                 raise _given_up(delta.error)
             last_token_at[answer] = now

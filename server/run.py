@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import uvicorn
@@ -39,6 +39,9 @@ from server.metrics import Metrics
 from server.prompts import TEMPLATE_SECONDS, TEMPLATES_AT_ONCE, make_renderer
 from server.state import ServerState
 
+if TYPE_CHECKING:
+    from server.tracing import Traces
+
 logger = logging.getLogger("server")
 
 _FAREWELL_SECONDS = 2
@@ -58,17 +61,21 @@ def run(engine_args: EngineArgs, args: ServerArgs, process: EngineProcess) -> No
     """Serve until told to stop; does not return: the exit status is 0 unless the engine died."""
     configure_logging(args.log_level, args.log_format)
     _allow_many_connections()
+    traces: Traces | None = None
     try:
+        traces = _traces(args)
         if args.chat_template is not None:
             args.chat_template = read_template(args.chat_template)
         config = create_config(engine_args)
-        status = uvloop.run(_serve(config, args, process))
+        status = uvloop.run(_serve(config, args, process, traces))
     except ModelLoadError as error:
         fail(str(error), 1)
     except ValueError as error:
         fail(str(error), 2)
     except KeyboardInterrupt:
         status = 0
+    if traces is not None:
+        traces.close()
     process.kill_if_idle()
     # Not SystemExit: it would wait for worker threads, which an image may keep busy for long.
     logging.shutdown()
@@ -81,7 +88,22 @@ def _allow_many_connections() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-async def _serve(config: EngineConfig, args: ServerArgs, process: EngineProcess) -> int:
+def _traces(args: ServerArgs) -> "Traces | None":
+    """Where spans go, if anywhere."""
+    if args.otlp_traces_endpoint is None:
+        return None
+    try:
+        from server.tracing import Traces
+    except ImportError as error:
+        packages = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
+        raise ValueError(f"--otlp-traces-endpoint takes OpenTelemetry: python -m pip install {packages}") from error
+    try:
+        return Traces(args.otlp_traces_endpoint)
+    except ValueError as error:
+        raise ValueError(f"OpenTelemetry's variables (OTEL_…) cannot be used: {error}") from error
+
+
+async def _serve(config: EngineConfig, args: ServerArgs, process: EngineProcess, traces: "Traces | None") -> int:
     stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -96,7 +118,7 @@ async def _serve(config: EngineConfig, args: ServerArgs, process: EngineProcess)
             return 0
         engine = starting.result()
         try:
-            return await _listen_and_drain(_state(engine, args), listener, stop, hurry)
+            return await _listen_and_drain(_state(engine, args, traces), listener, stop, hurry)
         finally:
             await engine.stop()
     finally:
@@ -105,7 +127,7 @@ async def _serve(config: EngineConfig, args: ServerArgs, process: EngineProcess)
             Path(args.uds).unlink(missing_ok=True)
 
 
-def _state(engine: AsyncEngine, args: ServerArgs) -> ServerState:
+def _state(engine: AsyncEngine, args: ServerArgs, traces: "Traces | None" = None) -> ServerState:
     tokenizer = engine.inputs.tokenizer
     source = find_template(engine.config, args.chat_template, tokenizer)
     if source is None:
@@ -146,6 +168,7 @@ def _state(engine: AsyncEngine, args: ServerArgs) -> ServerState:
             seconds=TEMPLATE_SECONDS,
             most=TEMPLATES_AT_ONCE,
         ),
+        traces=traces,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
@@ -17,6 +17,7 @@ from engine.client import AsyncEngine
 from engine.config import EngineConfig
 from engine.input_processor import InputProcessor, PreparedImage
 from engine.sampling_params import SamplingParams
+from server import notes
 from server.args import ServerArgs
 from server.errors import ApiError
 from server.grammars import GrammarChecker
@@ -26,6 +27,9 @@ from server.media import MediaFetcher
 from server.metrics import Metrics
 from server.response_store import ResponseStore
 from server.version import program_version
+
+if TYPE_CHECKING:
+    from server.tracing import Traces
 
 Body = TypeVar("Body", bound=BaseModel)
 Result = TypeVar("Result")
@@ -70,6 +74,7 @@ class ServerState:
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     started: int = field(default_factory=lambda: int(time.time()))
     responses: ResponseStore = field(default_factory=ResponseStore)
+    traces: "Traces | None" = None
 
     @property
     def config(self) -> EngineConfig:
@@ -148,7 +153,10 @@ class ServerState:
         async def load(number: int, url: str) -> PreparedImage:
             async with at_once:
                 try:
-                    return await self.images.prepare(await self.media.fetch(url))
+                    with notes.stage("fetch_image"):
+                        data = await self.media.fetch(url)
+                    with notes.stage("prepare_image"):
+                        return await self.images.prepare(data)
                 except ValueError as error:
                     which = f"image {number} of {len(urls)}: " if len(urls) > 1 else ""
                     raise ValueError(f"{which}{error}") from error

@@ -27,7 +27,7 @@ _FLAGS = """
 --host --port --uds --api-key --allowed-origins --ssl-keyfile --ssl-certfile --root-path --chat-template
 --trust-request-chat-template --tool-call-parser
 --response-role --max-request-bytes --shutdown-timeout --disable-playground --disable-log-requests --log-level
---log-format
+--log-format --otlp-traces-endpoint
 """
 
 
@@ -119,6 +119,8 @@ def test_api_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--image-input-type", "image_features"], ["--image-input-type", "image_features", "offline"]),
         (["--max-model-len", "1.5"], ["--max-model-len", "1.5"]),
         (["--log-format", "xml"], ["--log-format", "xml", "json"]),
+        *((["--otlp-traces-endpoint", url], ["--otlp-traces-endpoint", url, "http://localhost:4318/v1/traces"])
+          for url in ("", "localhost:4317", "grpc://localhost:4317", "http://", "http://host:x", "http://[::1")),
     ],
     ids=str,
 )  # fmt: skip

@@ -22,7 +22,7 @@ SVG = "http://www.w3.org/2000/svg"
 
 def client(model: Path = DEMO_MODEL, **flags: Any) -> httpx.AsyncClient:
     """Of a server that has pages and no engine."""
-    state: Any = SimpleNamespace(args=ServerArgs(**flags), config=SimpleNamespace(model_path=model))
+    state: Any = SimpleNamespace(args=ServerArgs(**flags), config=SimpleNamespace(model_path=model), traces=None)
     return httpx.AsyncClient(transport=httpx.ASGITransport(create_app(state)), base_url="http://vlm")
 
 
