@@ -15,17 +15,20 @@ _TEXT = (
 _WORDS = _TEXT.split()
 _JPEG_QUALITY = 85
 
+Size = tuple[int, int] | None
+"""Width and height; None: no picture."""
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """The same arguments give the same requests, byte for byte."""
 
-    image: tuple[int, int] | None = (640, 480)
-    """Width and height; None: text only."""
+    sizes: tuple[Size, ...] = ((640, 480),)
+    """Of pictures: each conversation draws one of them; a size that stands twice is drawn twice as often."""
     images: int = 1
-    """In each request."""
+    """In each conversation that has any."""
     same_image: bool = False
-    """Whether all requests show one picture."""
+    """Whether all conversations show one picture, or one of each size."""
     prompt_words: int = 32
     seed: int = 0
 
@@ -48,42 +51,38 @@ def question(random: np.random.Generator, words: int) -> str:
     return " ".join(_WORDS[i] for i in random.integers(0, len(_WORDS), max(1, words)))
 
 
+def size_of(load: Load, index: int) -> Size:
+    """Of the pictures of conversation number `index`, in every part, so that all runs of a sweep bear the same load."""
+    return load.sizes[np.random.default_rng((load.seed, index, 4)).integers(len(load.sizes))]
+
+
+def size_name(size: Size) -> str:
+    """`640x480`, or `none`."""
+    return "none" if size is None else "x".join(map(str, size))
+
+
 def pictures(load: Load, part: int, index: int) -> list[Image.Image]:
-    """Those of request number `index`; warm-up and measurement are different parts."""
-    if load.image is None:
+    """Those of conversation number `index`; the warm-up and each run are parts, which share nothing else."""
+    size = size_of(load, index)
+    if size is None:
         return []
     keys = [(load.seed, 0, 0, i) if load.same_image else (load.seed, part, index, i) for i in range(load.images)]
-    return [picture(np.random.default_rng((*key, 1)), load.image) for key in keys]
+    return [picture(np.random.default_rng((*key, 1)), size) for key in keys]
 
 
-def text(load: Load, part: int, index: int) -> str:
-    """The question of request number `index`."""
-    return question(np.random.default_rng((load.seed, part, index, 2)), load.prompt_words)
+def text(load: Load, part: int, index: int, turn: int = 0) -> str:
+    """What conversation number `index` asks in a turn."""
+    return question(np.random.default_rng((load.seed, part, index, 2, turn)), load.prompt_words)
 
 
-def messages(load: Load, part: int, index: int) -> list[dict[str, Any]]:
-    """Request number `index` as a conversation."""
-    content: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": _data_url(image)}} for image in pictures(load, part, index)
-    ]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": text(load, part, index)}]}]
+def message(load: Load, part: int, index: int, turn: int = 0) -> dict[str, Any]:
+    """What the user says in a turn of conversation number `index`; pictures stand in the first."""
+    images = pictures(load, part, index) if turn == 0 else []
+    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
+    return {"role": "user", "content": [*content, {"type": "text", "text": text(load, part, index, turn)}]}
 
 
 def _data_url(image: Image.Image) -> str:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=_JPEG_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def image_size(given: str) -> tuple[int, int] | None:
-    """`640x480`, or `none`.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if given == "none":
-        return None
-    width, height = (int(side) for side in given.split("x"))
-    if min(width, height) < 1:
-        raise ValueError(given)
-    return width, height
