@@ -116,7 +116,10 @@ class SamplingFields(RequestModel):
     def check_served(self) -> None:
         """Raise `ValueError` for a feature that is not there."""
         for name in _NOT_SERVED:
-            if getattr(self, name):
+            value = getattr(self, name)
+            if name.startswith("guided_") and value is not None:  # an empty schema is one too
+                raise ValueError(f"{name} is not available: give structured_outputs with {name[len('guided_') :]!r}")
+            if value:
                 raise ValueError(f"{name} is not available")
         if self.modalities not in (None, ["text"]):
             raise ValueError("modalities is not available: only ['text'] is")

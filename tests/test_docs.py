@@ -100,3 +100,20 @@ def test_flags(document: Path) -> None:
             parse_args(given)
             seen += 1
     assert seen or document.name != "README.md"
+
+
+def quoted() -> list[str]:
+    """The messages that people look up."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| (?:503 |500 )?`(.+?)`", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("message", quoted())
+def test_messages_are_those_of_the_program(message: str) -> None:
+    """Each piece between two places that vary stands in the source."""
+    files = [file for package in ("engine", "server") for file in (ROOT / package).rglob("*.py")]
+    # Strings that are written in several pieces are joined, and what is filled in is cut out.
+    source = "\n".join(re.sub(r'"\s*\n\s*f?"', "", file.read_text(encoding="utf-8")) for file in files)
+    source = re.sub(r"\{[^{}\n]*\}", "…", source)
+    for piece in message.split("…"):
+        assert piece.strip() in source
