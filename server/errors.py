@@ -37,6 +37,8 @@ _UNION_TAGS = ("text", "image", "image_url", "base64", "url", "other")
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")
 _RETRY_SECONDS = "1"
 _LONGEST_VALUE = 100
+_LONGEST_STEP = 50
+_LONGEST_PATH = 200
 _LONGEST_MESSAGE = 1000
 """Characters; what a client sent may be quoted in it, and is cut."""
 
@@ -144,10 +146,10 @@ def install_handlers(app: FastAPI) -> None:
             message = f"{request.method} {request.url.path[:200]} is not served: see /docs for what is"
             error = ApiError(error.status_code, message, headers=error.headers)
         told = from_exception(error)
-        # Not the message, which may quote what the client sent.
-        logger.info(
-            "%s %s refused: %d, %s", request.method, ascii(request.url.path)[1:-1], told.status, told.param or told.code
-        )
+        # Not the message, which may quote what the client sent, nor where in a field of the client's own keys it is.
+        field = (told.param or told.code or "").partition(".")[0]
+        path = ascii(request.url.path)[1:-1][:_LONGEST_PATH]
+        logger.info("%s %s refused: %d, %s", request.method, path, told.status, field)
         return told.response(request.scope)
 
     for kind in (ApiError, HTTPException, ValidationError, ValueError, QueueFullError, EngineDeadError, Exception):
@@ -167,7 +169,7 @@ def _fields(path: tuple[int | str, ...]) -> list[str]:
         is_kind = (isinstance(before, int) or before == "source") and step in _UNION_TAGS
         is_type = isinstance(step, str) and ("[" in step or step in ("str", "int"))
         if not is_kind and not is_type:
-            kept.append(str(step))
+            kept.append(ascii(step).strip("'\"")[:_LONGEST_STEP])  # it may be a key that the client chose
     return kept
 
 

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 
 from engine.grammar.compiler import GrammarCompiler
@@ -29,6 +29,7 @@ class GrammarChecker:
         """What is wrong with a grammar, None for nothing, and until when that holds."""
         self._checking: dict[bytes, asyncio.Task[tuple[str | None, float]]] = {}
         """Those that are being checked: whoever asks for the same waits for the same."""
+        self._num_waiting: Counter[bytes] = Counter()
 
     async def check(self, source: str) -> None:
         """Compile a grammar.
@@ -43,8 +44,7 @@ class GrammarChecker:
             if digest not in self._checking:
                 self._checking[digest] = asyncio.create_task(self._in_turn(source))
                 self._checking[digest].add_done_callback(lambda task: self._checked(digest, task))
-            # A client that leaves does not end it: others may wait for it, and it ends by itself soon.
-            wrong, seconds = await asyncio.shield(self._checking[digest])
+            wrong, seconds = await self._result(digest)
             self._found[digest] = wrong, time.monotonic() + seconds
         self._found.move_to_end(digest)
         if len(self._found) > _REMEMBERED:
@@ -52,8 +52,23 @@ class GrammarChecker:
         if wrong is not None:
             raise ValueError(wrong)
 
+    async def _result(self, digest: bytes) -> tuple[str | None, float]:
+        """Of a check that is under way. It ends when the last who waits for it leaves, and the next gets its turn."""
+        self._num_waiting[digest] += 1
+        try:
+            return await asyncio.shield(self._checking[digest])
+        except asyncio.CancelledError:
+            if self._num_waiting[digest] == 1 and digest in self._checking:
+                self._checking.pop(digest).cancel()
+            raise
+        finally:
+            self._num_waiting[digest] -= 1
+            if not self._num_waiting[digest]:
+                del self._num_waiting[digest]
+
     def _checked(self, digest: bytes, task: asyncio.Task[tuple[str | None, float]]) -> None:
-        del self._checking[digest]
+        if self._checking.get(digest) is task:
+            del self._checking[digest]
         task.cancelled() or task.exception()  # which is thereby taken note of, should nobody wait for it any more
 
     async def _in_turn(self, source: str) -> tuple[str | None, float]:

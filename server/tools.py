@@ -64,6 +64,10 @@ class ToolCall(ToolModel):
     function: FunctionCall
 
 
+_DATA = ("const", "enum", "default", "examples")
+"""Keywords with values that are no schemas."""
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
 Choice = Literal["none", "auto", "required"] | NamedToolChoice
 
 
@@ -173,18 +177,28 @@ def some_call(tools: list[Tool], most_calls: int) -> ToolUse:
 
 def _parameters(tool: Tool) -> dict[str, Any]:
     given = tool.function.parameters
-    return {**_ANYTHING, **given} if given else {"type": "object", "properties": {}, "additionalProperties": False}
+    if not given:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    if given.get("type", "object") != "object":
+        raise ValueError(f"tools: the parameters of {tool.function.name!r} must be of the type 'object'")
+    return {**_ANYTHING, **given}
 
 
-def _moved(schema: Any, root: str) -> Any:
-    """A schema whose references to its own root lead to where that lies now."""
+def _moved(schema: Any, root: str, *, are_names: bool = False) -> Any:
+    """A schema whose references to its own root lead to where that lies now.
+
+    One with an identity of its own is left alone: they are relative to that. `are_names` says that the keys are names
+    of properties or definitions, not keywords.
+    """
     if isinstance(schema, list):
         return [_moved(value, root) for value in schema]
-    if not isinstance(schema, dict):
+    if not isinstance(schema, dict) or ("$id" in schema and not are_names):
         return schema
-    return {
-        key: root + value[1:]
-        if key == "$ref" and isinstance(value, str) and value.startswith("#")
-        else _moved(value, root)
-        for key, value in schema.items()
-    }
+    return {key: value if key in _DATA and not are_names else _moved_value(key, value, root, are_names=are_names)
+            for key, value in schema.items()}  # fmt: skip
+
+
+def _moved_value(key: str, value: Any, root: str, *, are_names: bool) -> Any:
+    if key == "$ref" and isinstance(value, str) and not are_names:
+        return root + value[1:] if value == "#" or value.startswith("#/") else value
+    return _moved(value, root, are_names=key in _NAMED and not are_names)

@@ -108,8 +108,10 @@ class StructuredOutputs:
             _check_size("json", len(schema))
             try:
                 schema = json.loads(schema)
-            except (ValueError, RecursionError) as error:
+            except json.JSONDecodeError as error:
                 raise ValueError(f"json is no valid JSON: {error}") from None
+            except (ValueError, RecursionError):
+                raise ValueError("json is no valid JSON: a number is too long, or it is nested too deep") from None
         if schema is True:
             return {}
         if not isinstance(schema, dict):

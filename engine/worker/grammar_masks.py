@@ -18,6 +18,11 @@ SOME_ROWS = 64
 _SECONDS = 0.25
 _SECONDS_A_TOKEN = 0.005
 """A usual grammar takes 0.01 to 0.1 ms a token, all of JSON as GBNF 0.7 ms."""
+_SECONDS_OF_ALL = 0.5
+_SECONDS_OF_ALL_A_STEP = 0.05
+"""For all answers together: beyond it the dearest are given up, but for those that are cheap by themselves."""
+_CHEAP_SECONDS = 0.002
+_TOO_COMPLEX = "structured_outputs: the grammar became too complex"
 _Ints = npt.NDArray[np.int64]
 
 
@@ -33,6 +38,8 @@ class _Answer:
     has_ended: bool = False
     seconds_left: float = _SECONDS
     """That its grammar may still take: all others' tokens wait for it."""
+    cost: float = 0.0
+    """Seconds that it took in this step."""
 
     def take(self, token: int) -> None:
         """Go on by one token. The library is not told of an end: its own account of what follows would be off."""
@@ -41,13 +48,18 @@ class _Answer:
         else:
             started = time.thread_time()
             self.matcher.consume_token(token)
-            self.seconds_left += _SECONDS_A_TOKEN + started - time.thread_time()
+            self.seconds_left += _SECONDS_A_TOKEN
+            self._pay(time.thread_time() - started)
 
     def fill(self, words: npt.NDArray[np.int32]) -> None:
         """Set the bits of the tokens that may come next: (vocabulary / 32) words."""
         started = time.thread_time()
         self.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        self.seconds_left += started - time.thread_time()
+        self._pay(time.thread_time() - started)
+
+    def _pay(self, seconds: float) -> None:
+        self.seconds_left -= seconds
+        self.cost += seconds
 
     @property
     def is_hopeless(self) -> bool:
@@ -67,6 +79,7 @@ class GrammarMasks:
         self._vocab_size = vocab_size
         self._answers: dict[int, _Answer] = {}
         self._failed: dict[str, str] = {}
+        self._seconds_left = _SECONDS_OF_ALL
         self._bits = torch.arange(32, dtype=torch.int32, device=batch.device)
         # On the device: a number from the host would be copied there by a call that waits for all work before it.
         self._never = torch.tensor(float("-inf"), device=batch.device)
@@ -109,6 +122,7 @@ class GrammarMasks:
             allowed = self._allowed(answers[first : first + SOME_ROWS])
             where = self._batch.upload(np.array(rows[first : first + SOME_ROWS], np.int64))
             logits[where] = torch.where(allowed, logits[where], self._never)
+        self._give_up_dearest(answers)
 
     def launched(self, slots: _Ints, step: PendingStep) -> None:
         """The tokens of these slots are on their way, in this order."""
@@ -130,7 +144,20 @@ class GrammarMasks:
             if not answer.has_ended:
                 answer.fill(row)
                 if answer.is_hopeless:
-                    self._failed[answer.request_id] = "structured_outputs: the grammar became too complex"
+                    self._failed[answer.request_id] = _TOO_COMPLEX
         packed = self._batch.upload(words)
         bits = (packed.unsqueeze(-1) >> self._bits) & 1
         return bits.flatten(1)[:, : self._vocab_size].bool()
+
+    def _give_up_dearest(self, answers: Sequence[_Answer]) -> None:
+        """Where all together take too long: each may keep within its limit, and many still hold up everybody."""
+        spent = sum(answer.cost for answer in answers)
+        left = self._seconds_left + _SECONDS_OF_ALL_A_STEP - spent
+        self._seconds_left = min(_SECONDS_OF_ALL, max(0.0, left))
+        for answer in sorted(answers, key=lambda answer: answer.cost, reverse=True) if left < 0 else ():
+            if spent <= _SECONDS_OF_ALL_A_STEP or answer.cost < _CHEAP_SECONDS:
+                break
+            spent -= answer.cost
+            self._failed[answer.request_id] = _TOO_COMPLEX
+        for answer in answers:
+            answer.cost = 0.0

@@ -102,3 +102,27 @@ async def test_many_that_ask_for_the_same_wait_for_one_check(
 ) -> None:
     monkeypatch.setattr(checker._worker, "_most", 1)
     await asyncio.gather(*(checker.check(source(GOOD)) for _ in range(100)))
+
+
+async def test_what_nobody_waits_for_holds_up_nobody(checker: GrammarChecker) -> None:
+    """Ten clients bring what takes the compiler very long, and leave."""
+    await checker.check(source(GOOD))  # the process has begun
+    leaving = [
+        asyncio.create_task(checker.check(source({**LOOP, "multipleOf": 99_999_989 - 2 * number})))
+        for number in range(10)
+    ]
+    await asyncio.sleep(0.05)
+    begun = time.monotonic()
+    for task in leaving:
+        task.cancel()
+    await checker.check(source({"const": "new"}))
+    assert time.monotonic() - begun < 10  # of which a new process takes some
+    assert not checker._checking and not checker._num_waiting
+
+
+async def test_who_leaves_takes_nothing_from_who_waits_for_the_same(checker: GrammarChecker) -> None:
+    first, second = (asyncio.create_task(checker.check(source(GOOD))) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    await second
+    assert first.cancelled()

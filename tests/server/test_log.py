@@ -99,6 +99,26 @@ def test_text_lines(text_server: Server, photo_files: list[Any]) -> None:
     assert not any(line.startswith("{") for line in text_server.stderr.splitlines())
 
 
+@pytest.mark.parametrize("key", ["x\n12:00:00 INFO server.access: forged\x1b]0;own\x07", SECRET * 10_000])
+def test_keys_of_a_client_s_own_are_not_written(text_server: Server, key: str) -> None:
+    """They are part of where an error is; the client is told of them, as plain characters and cut."""
+    before = text_server.stderr
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = {"prompt": "x", "logit_bias": {key: "y"}}
+    with text_server.client() as client:
+        refused = client.post("/v1/completions", json=body, headers=headers)
+        assert client.post(f"/{'A' * 50_000}", json={}, headers=headers).status_code == 404
+    param = refused.json()["error"]["param"]
+    assert refused.status_code == 400 and param.startswith("logit_bias.") and len(param) < 100 and param.isprintable()
+    end = time.monotonic() + 10
+    while not re.search("POST /AAA.* refused: 404", lines := text_server.stderr[len(before) :]):
+        assert time.monotonic() < end, lines
+        time.sleep(0.02)
+    assert "POST /v1/completions refused: 400, logit_bias\n" in lines
+    assert SECRET not in lines and "\x1b" not in lines and "\n12:00:00 INFO server.access: forged" not in lines
+    assert max(map(len, lines.splitlines())) < 500
+
+
 def test_a_client_that_a_proxy_tells_of(json_server: Server) -> None:
     with json_server.client() as client:
         client.get(

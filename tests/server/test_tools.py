@@ -19,7 +19,7 @@ from engine.chat_template import ChatTemplate
 from engine.config import create_config
 from engine.input_processor import load_tokenizer
 from server.tool_parsers import PARSERS
-from server.tools import FunctionDefinition, Tool, ToolReader, ToolUse, joined, named_call, some_call
+from server.tools import FunctionDefinition, Tool, ToolReader, ToolUse, _moved, joined, named_call, some_call
 from tests.conftest import MakeCheckpoint
 from tests.engine.grammar.accepting import accepts
 from tests.server.errors import check_error
@@ -247,6 +247,11 @@ ERRORS: dict[str, tuple[dict[str, Any], str | None, str]] = {
         {"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice", "excludes",
     ),
     "form and choice": ({"response_format": {"type": "json_object"}}, "response_format", "no room for calls"),
+    "parameters that are no object": (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}],
+         "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        "tools", "type 'object'",
+    ),
     "bad arguments": (
         {"messages": [user("Hi"), {**MADE, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, TOLD]},
         "messages", "JSON object",
@@ -354,3 +359,25 @@ def test_pieces_join_to_the_whole(parts: list[str], cuts: list[int]) -> None:
     pieces = [text[start:end] for start, end in pairwise(places)]
     found = [delta for piece in pieces for delta in reader.feed(piece, is_last=False)]
     assert without_ids(joined(found + reader.feed("", is_last=True))) == without_ids(whole)
+
+
+def test_schemas_are_moved_whole() -> None:
+    """References to a schema's own root follow it; values that only look like references stay, and so do names."""
+    inner = {"type": "object", "properties": {"a": {"$ref": "#/$defs/q"}}}
+    schema = {
+        "properties": {
+            "self": {"$ref": "#"}, "const": {"$ref": "#/$defs/q"}, "anchored": {"$ref": "#z"},
+            "data": {"const": {"$ref": "#/x"}, "default": {"$ref": "#"}, "enum": [{"$ref": "#/y"}]},
+            "own": {"$id": "http://x/", **inner}, "$ref": {"$ref": "#/$defs/$ref"}, "$id": {"$ref": "#"},
+        },
+        "anyOf": [{"$ref": "#/$defs/q"}],
+        "$defs": {"q": {"$anchor": "z"}, "$ref": {}},
+    }  # fmt: skip
+    moved = _moved(schema, "#/$defs/0")
+    properties = moved["properties"]
+    assert properties["self"] == properties["$id"] == {"$ref": "#/$defs/0"}
+    assert properties["const"] == moved["anyOf"][0] == {"$ref": "#/$defs/0/$defs/q"}
+    assert properties["$ref"] == {"$ref": "#/$defs/0/$defs/$ref"}
+    for name in ("anchored", "data", "own"):
+        assert properties[name] == schema["properties"][name]  # type: ignore[index]
+    assert moved["$defs"] == schema["$defs"]

@@ -1,5 +1,7 @@
 """Masks allow what the grammar does, of the right rows, and follow tokens that are still on their way."""
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -140,6 +142,33 @@ def test_a_grammar_that_takes_long_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(grammar_masks, "_SECONDS_A_TOKEN", 0.0)
     bench.allowed(slot, other)
     assert set(bench.masks.take_failed()) == {"slow"}
+
+
+def test_many_that_take_long_together_are_given_up() -> None:
+    """Each keeps within its own limit; the dearest go, until the others fit, and no cheap one does."""
+    bench = Bench()
+    costs = {"a": 0.03, "b": 0.02, "c": 0.04, "d": 0.001}
+    slots = [bench.add(name, f"{name}+") for name in costs]
+    for slot, cost in zip(slots, costs.values(), strict=True):
+        answer = SimpleNamespace(
+            request_id=bench.masks._answers[slot].request_id,
+            in_flight=None,
+            has_ended=False,
+            is_hopeless=False,
+            cost=0.0,
+        )
+        answer.fill = partial(_charge, answer, cost)
+        bench.masks._answers[slot] = answer  # type: ignore[assignment]
+    steps = 0
+    while not (failed := bench.masks.take_failed()):
+        bench.allowed(*slots)
+        steps += 1
+    # 41 ms of each step are too much, and half a second is there to begin with.
+    assert set(failed) == {"a", "c"} and steps == 13
+
+
+def _charge(answer: Any, cost: float, words: Any) -> None:
+    answer.cost += cost
 
 
 def test_many_rows_at_once() -> None:
