@@ -6,11 +6,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
+import httpx
 import pytest
 
-from server.args import parse_args
+from engine.args import EngineArgs
+from server.args import ServerArgs, parse_args
 from tests.server.launch import ROOT, Server, environment
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -102,6 +105,33 @@ def test_flags(document: Path) -> None:
     assert seen or document.name != "README.md"
 
 
+def test_every_flag_is_told() -> None:
+    """In the guide to serving."""
+    guide = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    flags = ["--" + field.name.replace("_", "-") for field in (*EngineArgs.flags(), *fields(ServerArgs))]
+    assert [flag for flag in flags if not re.search(f"{flag}(?![a-z-])", guide)] == []
+
+
+def test_guides_name_flags_that_exist() -> None:
+    """vLLM's are told apart in the guide for those who come from it."""
+    flags = {"--" + field.name.replace("_", "-") for field in (*EngineArgs.flags(), *fields(ServerArgs))}
+    others = {"--help", "--no-enable-prefix-caching", "--gpus"}
+    for name in ("quickstart", "serving", "offline", "troubleshooting"):
+        text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= flags | others, name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_links_lead_somewhere(document: Path) -> None:
+    """To a file of the project, and to a heading in it."""
+    for path, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", document.read_text(encoding="utf-8")):
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), path
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], heading
+
+
 def quoted() -> list[str]:
     """The messages that people look up."""
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
@@ -117,3 +147,29 @@ def test_messages_are_those_of_the_program(message: str) -> None:
     source = re.sub(r"\{[^{}\n]*\}", "…", source)
     for piece in message.split("…"):
         assert piece.strip() in source
+
+
+def form(schema: dict[str, object]) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": "Hi"}], "structured_outputs": {"json": schema}}
+
+
+def part(**fields: object) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": [fields]}]}
+
+
+@pytest.mark.parametrize(
+    ("message", "body"),
+    [
+        ("Unimplemented keys: …", form({"not": {}})),
+        ("Unknown format: …", form({"type": "string", "format": "color"})),
+        ("Unsatisfiable schema: …", form({"type": "integer", "minimum": 2, "maximum": 1})),
+        ("image_url: Input should be an object", part(type="image_url", image_url="data:image/png;base64,AAAA")),
+        ("Input should be 'text' or 'image_url'", part(type="video_url", video_url={"url": "http://example.com"})),
+    ],
+)
+def test_messages_of_libraries(message: str, body: dict[str, object], server: Server) -> None:
+    """They are told as they come."""
+    assert f'"{message}"' in (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert message.removesuffix("…") in answer.json()["error"]["message"]
