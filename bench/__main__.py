@@ -42,7 +42,7 @@ def _measure(args: argparse.Namespace) -> None:
         try:
             found, text = asyncio.run(_serve(args) if args.what == "serve" else _sweep(args))
         except ModuleNotFoundError as error:
-            raise RuntimeError(f"`{args.what}` takes {error.name}: python -m pip install {error.name}") from error
+            raise RuntimeError(f"`{args.what}` takes {error.name}: python -m pip install '.[bench]'") from error
     # What was measured is kept before it is shown, which fails where nobody reads on.
     if args.json is not None:
         record.write(args.json, found)

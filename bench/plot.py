@@ -48,7 +48,7 @@ def check() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
-        raise RuntimeError("`--plot` takes matplotlib: python -m pip install matplotlib") from error
+        raise RuntimeError("`--plot` takes matplotlib: python -m pip install '.[bench]'") from error
 
 
 def write(path: Path, record: Record) -> None:

@@ -80,7 +80,7 @@ class EngineArgs:
     )
     block_size: int = _flag(16, "scheduler and cache", "tokens of one cache block", kind=int)
     gpu_memory_utilization: float = _flag(
-        0.9, "scheduler and cache", "share of GPU memory that the process may fill", kind=float
+        0.9, "scheduler and cache", "share of GPU memory that may be filled, by other processes too", kind=float
     )
     num_gpu_blocks_override: int | None = _flag(
         None, "scheduler and cache", "number of cache blocks, instead of what memory allows", kind=int
@@ -107,7 +107,7 @@ class EngineArgs:
 
     tensor_parallel_size: int = _flag(1, "parallel", "GPUs that share the model; only 1 is available yet", kind=int)
     distributed_executor_backend: str | None = _flag(
-        None, "parallel", "how several GPUs are driven; only mp is available", choices=("mp", "ray")
+        None, "parallel", "how several GPUs are driven; only mp is available", choices=("mp",)
     )
 
     @classmethod

@@ -187,8 +187,6 @@ def _check(args: EngineArgs) -> None:
         raise ValueError("--num-gpu-blocks-override and --kv-cache-memory-bytes exclude each other")
     if args.tensor_parallel_size != 1:
         raise ValueError(f"--tensor-parallel-size is {args.tensor_parallel_size}: only 1 is available yet")
-    if args.distributed_executor_backend not in (None, "mp"):
-        raise ValueError(f"--distributed-executor-backend {args.distributed_executor_backend} is not available: mp is")
     if args.disable_image_processor and args.image_processor is not None:
         raise ValueError("--disable-image-processor and --image-processor exclude each other")
     if args.image_processor is not None and args.image_input_type == "image_features":
@@ -287,12 +285,17 @@ def _max_images(limit: str | dict[str, int] | None, tokens: int, max_len: int) -
         return fitting
     try:
         given = _pairs(limit) if isinstance(limit, str) else dict(limit)
-        wanted = given.pop("image")
-        images = int(wanted) if isinstance(wanted, str) else operator.index(wanted)
-    except (KeyError, TypeError, ValueError):
+        counts = {
+            kind: int(wanted) if isinstance(wanted, str) else operator.index(wanted) for kind, wanted in given.items()
+        }
+    except (TypeError, ValueError):
         raise ValueError(f"--limit-mm-per-prompt is {limit!r}: it must look like image=4") from None
-    if given or images < 0:
-        raise ValueError(f"--limit-mm-per-prompt is {limit!r}: only image, at least 0, can be limited")
+    images = counts.pop("image", fitting)
+    for kind, count in counts.items():
+        if count:
+            raise ValueError(f"--limit-mm-per-prompt is {limit!r}: {kind} is not served: only image may be above 0")
+    if images < 0:
+        raise ValueError(f"--limit-mm-per-prompt is {limit!r}: image must be at least 0")
     return images
 
 

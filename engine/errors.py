@@ -25,3 +25,8 @@ def one_line(error: BaseException, longest: int = 300) -> str:
     if isinstance(error, KeyError):
         text = f"{text} is not known"
     return text if len(text) <= longest else text[:longest] + "…"
+
+
+def count_of(number: int, what: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{number} {what}{'s' * (number != 1)}"

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from engine.config import EngineConfig, VisionConfig
-from engine.errors import ModelLoadError, one_line
+from engine.errors import ModelLoadError, count_of, one_line
 from engine.image_processor import image_hash
 from engine.messages import EngineRequest, ImageInput
 from engine.multimodal import ImageFeatureData, ImagePixelData
@@ -106,7 +106,7 @@ class InputProcessor:
         """Refuse a number of images before any work is spent on them."""
         vision = self._vision() if number else self.config.vision
         if vision is not None and number > vision.max_images:
-            raise ValueError(f"the prompt has {number} images: at most {vision.max_images} are allowed")
+            raise ValueError(f"the prompt has {count_of(number, 'image')}: at most {vision.max_images} are allowed")
 
     def prepare_image(self, image: Any) -> PreparedImage:
         """Prepare a PIL image or an array; `ImagePixelData` and `ImageFeatureData` say which it must be."""
@@ -248,7 +248,7 @@ class InputProcessor:
 
     def _vision(self) -> VisionConfig:
         if self.config.vision is None:
-            raise ValueError(f"{self.config.served_names[0]} is a text-only model: it takes no images")
+            raise ValueError("this is a text-only model: it takes no images")
         return self.config.vision
 
 
@@ -326,10 +326,10 @@ def _expand(
     elif found == len(images):
         width = size
     elif not images:
-        raise ValueError(f"the prompt has {found} image placeholder tokens, but no image was given")
+        raise ValueError(f"the prompt has {count_of(found, 'image placeholder token')}, but no image was given")
     else:
         raise ValueError(
-            f"the prompt has {found} image placeholder tokens, but {len(images)} images were given: "
+            f"the prompt has {count_of(found, 'image placeholder token')} for {count_of(len(images), 'image')}: "
             f"{len(images)} (one for each) or {len(images) * size} ({size} for each) are expected"
         )
     expanded: list[int] = []

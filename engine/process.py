@@ -80,7 +80,8 @@ def run_engine(
     except Exception as error:
         message = one_line(error)
         if isinstance(error, torch.OutOfMemoryError):
-            message = f"the GPU has too little memory: lower --gpu-memory-utilization or --max-model-len ({message})"
+            flags = "--max-num-batched-tokens, --max-num-seqs or --gpu-memory-utilization"
+            message = f"the GPU has too little memory: lower {flags} ({message})"
         elif not isinstance(error, ModelLoadError):
             logger.exception("the engine could not start")
         outbox.send_multipart([FAILED, message.encode()])

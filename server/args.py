@@ -1,6 +1,7 @@
 """The command line: the engine's flags and the server's own."""
 
 import argparse
+import json
 import os
 import re
 import ssl
@@ -124,12 +125,22 @@ def add_flag(group: Any, flag: "Field[Any]") -> None:
 
 
 class _Names(argparse.Action):
-    """Takes several names, one after the other or each with the flag, in place of the default."""
+    """Takes several names, one after the other, each with the flag, or as a JSON list, in place of the default."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
         """See argparse."""
         before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*([] if before is self.default else before), *values])
+        names = [name for word in values for name in _listed(word)]
+        setattr(namespace, self.dest, [*([] if before is self.default else before), *names])
+
+
+def _listed(word: str) -> list[str]:
+    """The names of a JSON list, or the one name that anything else is."""
+    try:
+        names = json.loads(word) if word.startswith("[") else None
+    except ValueError:
+        names = None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else [word]
 
 
 def _help(text: str, default: Any) -> str:

@@ -118,13 +118,15 @@ class _Completion:
         """Stop what still runs."""
         abort(self._state, self._streams)
 
+    def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        return run(self._state, self._streams, generates=self._body.max_tokens != 0)
+
     async def whole(self) -> dict[str, Any]:
         """The response in one piece."""
         answers = [Answer() for _ in range(self._n * len(self._prompts))]
         prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
-        async with aclosing(run(self._state, self._streams)) as deltas:
+        async with aclosing(self._deltas()) as deltas:
             async for number, delta in deltas:
-                delta = self._trimmed(delta)
                 answers[number * self._n + delta.index].add(delta)
                 self.usage.add(number, delta)
                 if delta.prompt_logprobs is not None:
@@ -138,9 +140,8 @@ class _Completion:
         """The chunks of a stream."""
         begun: set[int] = set()
         offsets = [0] * (self._n * len(self._prompts))
-        async with aclosing(run(self._state, self._streams)) as deltas:
+        async with aclosing(self._deltas()) as deltas:
             async for number, delta in deltas:
-                delta = self._trimmed(delta)
                 self.usage.add(number, delta)
                 index = number * self._n + delta.index
                 if index not in begun and self._body.echo:
@@ -151,12 +152,6 @@ class _Completion:
                     yield self._delta_chunk(index, delta, offsets, first=first)
         if self._body.include_usage:
             yield {**self._head, "choices": [], "usage": self.usage.json()}
-
-    def _trimmed(self, delta: Delta) -> Delta:
-        """Nothing was to be generated when `max_tokens` is 0; the engine had to make one token."""
-        if self._body.max_tokens != 0:
-            return delta
-        return Delta(delta.index, finish_reason="length", prompt_logprobs=delta.prompt_logprobs)
 
     def _choice(self, index: int, answer: Answer, prompt_logprobs: list[TokenLogprobs | None] | None) -> dict[str, Any]:
         prompt = self._prompts[index // self._n]

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.client import ResponseStream
@@ -79,8 +79,15 @@ def accepted(state: ServerState, usage: Usage, params: SamplingParams, *, name: 
         noted.name, noted.model, noted.params, noted.usage = name, model, params, usage
 
 
-async def run(state: ServerState, streams: Sequence[ResponseStream]) -> AsyncGenerator[tuple[int, Delta], None]:
+async def run(
+    state: ServerState, streams: Sequence[ResponseStream], *, generates: bool = True
+) -> AsyncGenerator[tuple[int, Delta], None]:
     """The deltas of one or several prompts' streams as they come, each with the number of its stream.
+
+    Args:
+        state: of the server.
+        streams: of the prompts.
+        generates: False leaves out the one token that the engine makes where only the prompt is wanted.
 
     Raises:
         ApiError: the engine gave one of them up.
@@ -91,6 +98,8 @@ async def run(state: ServerState, streams: Sequence[ResponseStream]) -> AsyncGen
     async with aclosing(_merge(streams)) as deltas:
         async for number, delta in deltas:
             now, answer = time.monotonic(), (number, delta.index)
+            if not generates and delta.error is None:
+                delta = replace(delta, text="", token_ids=[], logprobs=[], finish_reason="length", stop_reason=None)
             state.metrics.delta(delta, last_token_at.get(answer, 0.0), now)
             if noted is not None:
                 noted.answers[answer] = delta.metrics, delta.finish_reason

@@ -1,5 +1,6 @@
 """OpenAI's requests, with the extensions that vLLM made usual. What is not served is refused here."""
 
+import json
 from collections import Counter
 from dataclasses import fields
 from functools import partial
@@ -77,24 +78,35 @@ class SamplingFields(RequestModel):
     service_tier: str | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
+    best_of: int | None = None
+    audio: Any = None
+    documents: Any = None
     function_call: Any = None
     functions: Any = None
     guided_choice: Any = None
+    guided_decoding_backend: Any = None
     guided_grammar: Any = None
     guided_json: Any = None
     guided_regex: Any = None
-    use_beam_search: Any = None
-    audio: Any = None
-    best_of: int | None = None
-    detokenize: bool | None = None
-    documents: Any = None
+    guided_whitespace_pattern: Any = None
     kv_transfer_params: Any = None
     logits_processors: Any = None
+    media_io_kwargs: Any = None
     mm_processor_kwargs: Any = None
-    modalities: list[str] | None = None
+    prediction: Any = None
     prompt_embeds: Any = None
-    return_tokens_as_token_ids: bool | None = None
+    return_tokens_as_token_ids: Any = None
+    thinking_token_budget: Any = None
+    use_beam_search: Any = None
+    vllm_xargs: Any = None
     web_search_options: Any = None
+    detokenize: Any = None
+    early_stopping: Any = None
+    length_penalty: Any = None
+    modalities: Any = None
+    reasoning_effort: Any = None
+    spaces_between_special_tokens: Any = None
+    verbosity: Any = None
 
     @field_validator("stream_options")
     @classmethod
@@ -117,14 +129,13 @@ class SamplingFields(RequestModel):
         """Raise `ValueError` for a feature that is not there."""
         for name in _NOT_SERVED:
             value = getattr(self, name)
-            if name.startswith("guided_") and value is not None:  # an empty schema is one too
+            if name in _FORMS and value is not None:  # an empty schema is one too
                 raise ValueError(f"{name} is not available: give structured_outputs with {name[len('guided_') :]!r}")
             if value:
                 raise ValueError(f"{name} is not available")
-        if self.modalities not in (None, ["text"]):
-            raise ValueError("modalities is not available: only ['text'] is")
-        if self.detokenize is False:
-            raise ValueError("detokenize is not available as false: answers are text")
+        for name, only in _SERVED_AS.items():
+            if getattr(self, name) not in (None, only):
+                raise ValueError(f"{name} is not available: only {json.dumps(only)} is")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError(
                 f"best_of is {self.best_of}, which is not available: only the value of n, {self.n or 1}, is"
@@ -205,12 +216,23 @@ _SAMPLING_FIELDS = (
     "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "include_stop_str_in_output",
     "skip_special_tokens", "bad_words", "allowed_token_ids", "prompt_logprobs",
 )  # fmt: skip
-# Older names that clients still send; ignored, they would give answers of the wrong form.
+# Names that clients send; ignored, they would give other answers than were asked for.
+_FORMS = ("guided_choice", "guided_grammar", "guided_json", "guided_regex")
 _NOT_SERVED = (
-    "function_call", "functions", "guided_choice", "guided_grammar", "guided_json", "guided_regex", "use_beam_search",
-    "audio", "documents", "kv_transfer_params", "logits_processors", "mm_processor_kwargs", "prompt_embeds",
-    "return_tokens_as_token_ids", "web_search_options",
+    *_FORMS, "audio", "documents", "function_call", "functions", "guided_decoding_backend", "guided_whitespace_pattern",
+    "kv_transfer_params", "logits_processors", "media_io_kwargs", "mm_processor_kwargs", "prediction", "prompt_embeds",
+    "return_tokens_as_token_ids", "thinking_token_budget", "use_beam_search", "vllm_xargs", "web_search_options",
 )  # fmt: skip
+_SERVED_AS: dict[str, Any] = {
+    "detokenize": True,
+    "early_stopping": False,
+    "length_penalty": 1,
+    "modalities": ["text"],
+    "reasoning_effort": "none",
+    "spaces_between_special_tokens": True,
+    "verbosity": "medium",
+}
+"""The one value of a field with which answers are as they always are."""
 
 
 class ChatCompletionRequest(TemplateFields, SamplingFields):

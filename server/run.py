@@ -95,8 +95,7 @@ def _traces(args: ServerArgs) -> "Traces | None":
     try:
         from server.tracing import Traces
     except ImportError as error:
-        packages = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
-        raise ValueError(f"--otlp-traces-endpoint takes OpenTelemetry: python -m pip install {packages}") from error
+        raise ValueError("--otlp-traces-endpoint takes OpenTelemetry: python -m pip install '.[otel]'") from error
     try:
         return Traces(args.otlp_traces_endpoint)
     except ValueError as error:
@@ -182,7 +181,8 @@ def _listen(args: ServerArgs) -> socket.socket:
         return _bound(family, address)
     except OSError as error:
         place = args.uds or f"{args.host}:{args.port}"
-        hint = ": choose another --port" if error.errno == errno.EADDRINUSE and args.uds is None else ""
+        flag = "--port" if args.uds is None else "--uds"
+        hint = f": choose another {flag}" if error.errno == errno.EADDRINUSE else ""
         raise ModelLoadError(f"cannot listen on {place}: {error.strerror or error}{hint}") from error
 
 

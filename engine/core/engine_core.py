@@ -37,6 +37,12 @@ class EngineCore:
             max_mixed_tokens=config.max_mixed_tokens,
             encoder_budget=max(config.max_num_batched_tokens, IMAGES_AT_ONCE * feature_size),
         )
+        if self.max_model_len < self.runner.max_model_len:
+            logger.warning(
+                "the cache holds %d tokens: longer requests are refused, though the context is %d; give it more memory",
+                self.max_model_len,
+                self.runner.max_model_len,
+            )
         self._long_rope_start = long_context_start(config.text_config)
         self._depth = config.pipeline_depth
         self._encoder_seconds, self._encoder_images = 0.0, 0

@@ -173,14 +173,14 @@ def _explain_unreachable(error: Exception) -> str:
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
         return (
             f"is not wholly in the cache, {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: "
-            "unset it once to download, or name a local folder"
+            "unset it once to download, or name a local folder (there is none of this name)"
         )
     for cause in _causes(error):
         if isinstance(cause, HfHubHTTPError):
             return _explain_status(cause.response.status_code)
     return (
         f"is not in the cache, and the Hub, {constants.ENDPOINT}, cannot be reached: "
-        "check network and proxy, or name a local folder"
+        "check network and proxy, or name a local folder (there is none of this name)"
     )
 
 

@@ -250,7 +250,8 @@ class ModelRunner:
         num_blocks = min(available // bytes_each, most)
         if num_blocks < 1 and config.kv_cache_memory_bytes is not None:
             raise ModelLoadError(
-                f"--kv-cache-memory-bytes is {config.kv_cache_memory_bytes}: one cache block takes {bytes_each}"
+                f"--kv-cache-memory-bytes is {config.kv_cache_memory_bytes}: one block of {config.block_size} tokens "
+                f"takes {bytes_each}, and there must be room for a request's"
             )
         if num_blocks < 1:
             raise ModelLoadError(

@@ -121,12 +121,12 @@ def test_mistakes_are_explained() -> None:
 @pytest.mark.parametrize(
     ("library", "words", "message"),
     [
-        ("aiohttp", ("serve",), "`serve` takes aiohttp: python -m pip install aiohttp"),
-        ("aiohttp", ("sweep", "--rates", "1"), "`sweep` takes aiohttp: python -m pip install aiohttp"),
+        ("aiohttp", ("serve",), "`serve` takes aiohttp: python -m pip install '.[bench]'"),
+        ("aiohttp", ("sweep", "--rates", "1"), "`sweep` takes aiohttp: python -m pip install '.[bench]'"),
         (
             "matplotlib",
             ("sweep", "--rates", "1", "--plot", "page.html"),
-            "`--plot` takes matplotlib: python -m pip install matplotlib",
+            "`--plot` takes matplotlib: python -m pip install '.[bench]'",
         ),
     ],
 )

@@ -99,7 +99,16 @@ def test_image_flags_that_agree(shape: Any, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "images"),
-    [("image=4", 4), ({"image": 3}, 3), ("image=0", 0), ('{"image": 2}', 2), (None, 6), ("image=100", 100)],
+    [
+        ("image=4", 4),
+        ({"image": 3}, 3),
+        ("image=0", 0),
+        ('{"image": 2}', 2),
+        (None, 6),
+        ("image=100", 100),
+        ('{"image": 2, "video": 0}', 2),
+        ("video=0", 6),
+    ],
 )
 def test_image_limit(limit: Any, images: int, folder: Path) -> None:
     vision = config(folder, limit_mm_per_prompt=limit, max_model_len=100).vision
@@ -151,7 +160,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"image_input_type": "pixels"}, "--image-input-type is 'pixels': it must be one of pixel_values, image_features"),
     ({"kv_cache_dtype": "fp4"}, "--kv-cache-dtype is 'fp4': it must be one of auto, fp8"),
     ({"tensor_parallel_size": 2}, "--tensor-parallel-size is 2: only 1 is available yet"),
-    ({"distributed_executor_backend": "ray"}, "--distributed-executor-backend ray is not available: mp is"),
+    ({"distributed_executor_backend": "ray"}, "--distributed-executor-backend is 'ray': it must be one of mp"),
     (
         {"num_gpu_blocks_override": 4, "kv_cache_memory_bytes": 4096},
         "--num-gpu-blocks-override and --kv-cache-memory-bytes exclude each other",
@@ -170,12 +179,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"image_input_shape": "large"}, "--image-input-shape is 'large': it must look like 1,3,336,336"),
     ({"image_input_shape": ""}, "--image-input-shape is '': it must look like 1,3,336,336"),
-    ({"limit_mm_per_prompt": '{"image": 1, "video": 1}'}, "only image, at least 0, can be limited"),
+    ({"limit_mm_per_prompt": '{"image": 1, "video": 1}'}, "video is not served: only image may be above 0"),
     ({"limit_mm_per_prompt": "{4}"}, "it must look like image=4"),
     ({"limit_mm_per_prompt": "4"}, "--limit-mm-per-prompt is '4': it must look like image=4"),
     ({"limit_mm_per_prompt": "image=many"}, "--limit-mm-per-prompt is 'image=many': it must look like image=4"),
-    ({"limit_mm_per_prompt": "image=-1"}, "--limit-mm-per-prompt is 'image=-1': only image, at least 0, can be"),
-    ({"limit_mm_per_prompt": "image=1,video=2"}, "only image, at least 0, can be limited"),
+    ({"limit_mm_per_prompt": "image=-1"}, "--limit-mm-per-prompt is 'image=-1': image must be at least 0"),
+    ({"limit_mm_per_prompt": "image=1,video=2"}, "video is not served: only image may be above 0"),
 ]
 
 

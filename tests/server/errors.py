@@ -34,3 +34,30 @@ def check_error(response: httpx.Response, param: str | None, *words: object, sta
     for word in words:
         assert str(word) in error["message"], error
     return error
+
+
+NOT_AVAILABLE_ANYWHERE: list[tuple[dict[str, Any], str]] = [
+    ({"audio": {"voice": "x"}}, "audio"),
+    ({"documents": [{"text": "x"}]}, "documents"),
+    ({"guided_decoding_backend": "outlines"}, "guided_decoding_backend"),
+    ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern"),
+    ({"kv_transfer_params": {"a": 1}}, "kv_transfer_params"),
+    ({"logits_processors": ["x"]}, "logits_processors"),
+    ({"media_io_kwargs": {"image": {}}}, "media_io_kwargs"),
+    ({"mm_processor_kwargs": {"a": 1}}, "mm_processor_kwargs"),
+    ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
+    ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
+    ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
+    ({"thinking_token_budget": 5}, "thinking_token_budget"),
+    ({"vllm_xargs": {"a": 1}}, "vllm_xargs"),
+    ({"web_search_options": {"a": 1}}, "web_search_options"),
+    ({"detokenize": False}, "detokenize"),
+    ({"early_stopping": True}, "early_stopping"),
+    ({"length_penalty": 0.5}, "length_penalty"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
+    ({"verbosity": "low"}, "verbosity"),
+    ({"best_of": 3}, "best_of"),
+]
+"""Fields that chat and responses know and refuse."""

@@ -85,6 +85,15 @@ def test_dashes_and_underscores() -> None:
     assert engine.enable_prefix_caching is False
 
 
+def test_names_as_json() -> None:
+    for given, names in {
+        '["*"]': ["*"],
+        '["https://a", "https://b"]': ["https://a", "https://b"],
+        "[x": ["[x"],
+    }.items():
+        assert parse_args(["--model", "m", "--allowed-origins", given])[1].allowed_origins == names
+
+
 def test_api_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "from-environment")
     assert parse_args(["--model", "m"])[1].api_key == ["from-environment"]
@@ -118,6 +127,7 @@ def test_api_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--root-path", "x"], ["--root-path", "x", "/"]),
         (["--image-input-type", "image_features"], ["--image-input-type", "image_features", "offline"]),
         (["--max-model-len", "1.5"], ["--max-model-len", "1.5"]),
+        (["--distributed-executor-backend", "ray"], ["--distributed-executor-backend", "ray", "mp"]),
         (["--log-format", "xml"], ["--log-format", "xml", "json"]),
         *((["--otlp-traces-endpoint", url], ["--otlp-traces-endpoint", url, "http://localhost:4318/v1/traces"])
           for url in ("", "localhost:4317", "grpc://localhost:4317", "http://", "http://host:x", "http://[::1")),
@@ -152,7 +162,6 @@ def test_fetch_timeout(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
         (["--num-gpu-blocks-override", "9", "--kv-cache-memory-bytes", "9"],
          ["--num-gpu-blocks-override", "--kv-cache-memory-bytes"]),
         (["--tensor-parallel-size", "2"], ["--tensor-parallel-size", "2"]),
-        (["--distributed-executor-backend", "ray"], ["--distributed-executor-backend", "ray"]),
         (["--disable-image-processor", "--image-processor", "x"], ["--disable-image-processor", "--image-processor"]),
         (["--image-processor-revision", "x"], ["--image-processor-revision", "--image-processor"]),
         (["--image-token-id", "5"], ["--image-token-id", "5", "700"]),

@@ -12,7 +12,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.server.errors import check_error, error_of
+from tests.server.errors import NOT_AVAILABLE_ANYWHERE, check_error, error_of
 from tests.server.launch import Server, assistant, data_url, image_part, text_part, user
 
 PATH = "/v1/chat/completions"
@@ -412,17 +412,7 @@ NOT_AVAILABLE: list[tuple[dict[str, Any], str]] = [
     ({"guided_json": {"type": "object"}}, "guided_json"),
     ({"guided_regex": "a"}, "guided_regex"),
     ({"use_beam_search": True}, "use_beam_search"),
-    ({"audio": {"voice": "x"}}, "audio"),
-    ({"documents": [{"text": "x"}]}, "documents"),
-    ({"kv_transfer_params": {"a": 1}}, "kv_transfer_params"),
-    ({"logits_processors": ["x"]}, "logits_processors"),
-    ({"mm_processor_kwargs": {"a": 1}}, "mm_processor_kwargs"),
-    ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
-    ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
-    ({"web_search_options": {"a": 1}}, "web_search_options"),
-    ({"modalities": ["text", "audio"]}, "modalities"),
-    ({"detokenize": False}, "detokenize"),
-    ({"best_of": 3}, "best_of"),
+    *NOT_AVAILABLE_ANYWHERE,
     ({"chat_template": "{{ messages }}"}, "chat_template"),
 ]
 

@@ -224,9 +224,28 @@ BAD: list[tuple[dict[str, Any], str, tuple[object, ...]]] = [
     ({"echo": True, "stream": True, "logprobs": 1}, "echo", ("streamed",)),
     ({"suffix": "end"}, "suffix", ("not available",)),
     ({"best_of": 3}, "best_of", (3, "available")),
-    ({"guided_choice": ["a"]}, "guided_choice", ("not available",)),
+    ({"guided_choice": ["a"]}, "guided_choice", ("not available", "'choice'")),
+    ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern", ("not available",)),
+    ({"length_penalty": 0.5}, "length_penalty", ("only 1 is",)),
+    ({"early_stopping": True}, "early_stopping", ("only false is",)),
+    ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens", ("only true is",)),
+    ({"detokenize": False}, "detokenize", ("only true is",)),
+    ({"reasoning_effort": "high"}, "reasoning_effort", ('only "none" is',)),
+    ({"verbosity": "low"}, "verbosity", ('only "medium" is',)),
+    ({"modalities": ["text", "audio"]}, "modalities", ('only ["text"] is',)),
+    ({"prediction": {"type": "content", "content": "a"}}, "prediction", ("not available",)),
+    ({"vllm_xargs": {"a": 1}}, "vllm_xargs", ("not available",)),
     ({"n": 100}, "n", (100, 16)),
 ]
+
+
+def test_fields_that_change_nothing(server: Server) -> None:
+    neutral = {"length_penalty": 1.0, "early_stopping": False, "spaces_between_special_tokens": True,
+               "detokenize": True, "reasoning_effort": "none", "verbosity": "medium", "modalities": ["text"],
+               "guided_json": None}  # fmt: skip
+    plain, answer = (ask(server, prompt=PROMPT, temperature=0, **fields) for fields in ({}, neutral))
+    assert answer.status_code == 200
+    assert answer.json()["choices"] == plain.json()["choices"]
 
 
 @pytest.mark.parametrize(("fields", "param", "words"), BAD, ids=lambda value: json.dumps(value)[:60])

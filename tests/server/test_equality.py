@@ -247,4 +247,4 @@ async def test_text_only_model(launch: Launch, checkpoint: MakeCheckpoint, photo
         "/v1/chat/completions", {"messages": [user(text_part("Look."), image_part(data_url(photo_files[0])))]}
     )
     assert refused.status_code == 400
-    assert "text-only" in refused.json()["error"]["message"]
+    assert refused.json()["error"]["message"] == "this is a text-only model: it takes no images"

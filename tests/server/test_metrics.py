@@ -136,6 +136,15 @@ async def test_counts(house: House) -> None:
             assert moved[f"{name}_count"] == answers, name
 
 
+async def test_an_echo_generates_nothing(house: House) -> None:
+    before = await read(house)
+    answer = await house.client.post("/v1/completions", json={"prompt": "Hello", "echo": True, "max_tokens": 0})
+    moved = await difference(house, before)
+    assert answer.json()["usage"]["completion_tokens"] == 0
+    assert moved["generation_tokens_total"] == moved["time_to_first_token_seconds_count"] == 0
+    assert moved["request_success_total length"] == 1
+
+
 async def test_times_of_one_request(house: House) -> None:
     before, began = await read(house), time.monotonic()
     assert (await house.ask(max_tokens=100, ignore_eos=True)).status_code == 200

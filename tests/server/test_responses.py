@@ -17,7 +17,7 @@ from server import responses_answer
 from server.response_store import ResponseStore, StoredResponse
 from tests.conftest import MakeCheckpoint
 from tests.random_checkpoint import CheckpointSpec
-from tests.server.errors import check_error, error_of
+from tests.server.errors import NOT_AVAILABLE_ANYWHERE, check_error, error_of
 from tests.server.launch import Launch, Server, assistant, data_url, image_part, text_part, user
 
 PATH, CHAT = "/v1/responses", "/v1/chat/completions"
@@ -348,17 +348,7 @@ NOT_AVAILABLE: list[tuple[dict[str, Any], str]] = [
     ({"include": ["reasoning.encrypted_content"]}, "include"),
     ({"include": [LOGPROBS, "file_search_call.results"]}, "include"),
     ({"max_tokens": 5}, "max_tokens"),
-    ({"audio": {"voice": "x"}}, "audio"),
-    ({"documents": [{"text": "x"}]}, "documents"),
-    ({"kv_transfer_params": {"a": 1}}, "kv_transfer_params"),
-    ({"logits_processors": ["x"]}, "logits_processors"),
-    ({"mm_processor_kwargs": {"a": 1}}, "mm_processor_kwargs"),
-    ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
-    ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
-    ({"web_search_options": {"a": 1}}, "web_search_options"),
-    ({"modalities": ["text", "audio"]}, "modalities"),
-    ({"detokenize": False}, "detokenize"),
-    ({"best_of": 3}, "best_of"),
+    *NOT_AVAILABLE_ANYWHERE,
     ({"max_completion_tokens": 5}, "max_completion_tokens"),
     ({"max_tool_calls": 5}, "max_tool_calls"),
     ({"moderation": {"model": "x"}}, "moderation"),

@@ -240,5 +240,12 @@ def test_dummy_weights_of_every_kind(kind: Any, checkpoint: MakeCheckpoint) -> N
 
 
 def test_cache_that_holds_no_block(checkpoint: MakeCheckpoint) -> None:
-    with pytest.raises(ModelLoadError, match="--kv-cache-memory-bytes is 100: one cache block takes 16384"):
+    with pytest.raises(ModelLoadError, match="--kv-cache-memory-bytes is 100: one block of 16 tokens takes 16384"):
         LLM(checkpoint(), device="cpu", kv_cache_memory_bytes=100)
+
+
+def test_cache_smaller_than_the_context(checkpoint: MakeCheckpoint, caplog: pytest.LogCaptureFixture) -> None:
+    llm = LLM(checkpoint(), device="cpu", num_gpu_blocks_override=2)
+    assert "the cache holds 32 tokens: longer requests are refused" in caplog.text
+    with pytest.raises(ValueError, match="the context is 32 tokens"):
+        llm.generate({"prompt_token_ids": [5] * 32}, use_tqdm=False)
