@@ -80,7 +80,7 @@ class EngineArgs:
     )
     block_size: int = _flag(16, "scheduler and cache", "tokens of one cache block", kind=int)
     gpu_memory_utilization: float = _flag(
-        0.9, "scheduler and cache", "share of GPU memory that may be filled, by other processes too", kind=float
+        0.9, "scheduler and cache", "share of GPU memory that the model, its steps and its cache may fill", kind=float
     )
     num_gpu_blocks_override: int | None = _flag(
         None, "scheduler and cache", "number of cache blocks, instead of what memory allows", kind=int

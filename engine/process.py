@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import torch
 import zmq
+from tqdm import tqdm
 
 from engine.config import EngineConfig
 from engine.core.engine_core import EngineCore
@@ -71,6 +72,7 @@ def run_engine(
 ) -> None:
     """Serve until told to stop, or until the parent is gone."""
     configure_logging(log_level, log_format)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is killed leaves to the system
     threading.Thread(target=_die_with_parent, args=([inbox_address, outbox_address],), daemon=True).start()
     context = zmq.Context()
     outbox = context.socket(zmq.PUSH)

@@ -100,10 +100,11 @@ class ClipVisionModel(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalized pixels (B, 3, height, width) to features (B, tokens, size * number of feature layers)."""
         hidden = self.pre_layrnorm(self.embeddings(pixels))
-        states = [hidden]
-        for layer in self.layers:
+        states = {0: hidden}
+        for number, layer in enumerate(self.layers, start=1):
             hidden = layer(hidden)
-            states.append(hidden)
+            if number in self.feature_layers:  # all others would hold memory to the end
+                states[number] = hidden
         chosen = [states[layer][:, self.first_token :] for layer in self.feature_layers]
         return torch.cat(chosen, dim=-1)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from engine.worker.grammar_masks import GrammarMasks
 from engine.worker.input_batch import InputBatch, StepLayout
 from engine.worker.kv_scales import check_fp8, find_kv_scales
 from engine.worker.layer_caches import block_bytes, make_caches
+from engine.worker.memory_budget import GpuBudget, cpu_bytes, peak_bytes
 from engine.worker.pending import Logprobs, PendingStep, SampledLogprobs
 from engine.worker.sampler import Sampler, gather_logprobs, profile_sampling
 from engine.worker.step_graphs import StepGraphs, step_sizes
@@ -33,10 +33,8 @@ from engine.worker.vision import VisionEncoder
 
 logger = logging.getLogger(__name__)
 
-_CPU_CACHE_BYTES = 4 << 30
-_CPU_CACHE_SHARE = 0.25
-_GRAPH_BYTES_PER_LAYER = 192 << 10
-"""What the driver keeps for one CUDA graph, measured on an H100 with the 62 graphs of a 7B model."""
+_GRAPH_BYTES_PER_LAYER = 72 << 10
+"""What the driver keeps for one CUDA graph: on an H100 132 MiB for the 62 graphs of a 7B model, which has 32 layers."""
 _MOST_IN_GRAPH = 512
 """Requests; larger steps keep the GPU busy while their kernels are launched one by one."""
 _LOGPROB_ROWS = 256
@@ -54,6 +52,7 @@ class ModelRunner:
         is_fp8 = config.kv_cache_dtype == torch.float8_e4m3fn
         if is_fp8:
             check_fp8(self.device)
+        self._budget = GpuBudget(config.gpu_memory_utilization) if self.device.type == "cuda" else None
         started = time.monotonic()
         self.model = load_model(config)
         logger.info("loaded %s in %.1f s", config.model_name, time.monotonic() - started)
@@ -241,7 +240,7 @@ class ModelRunner:
         """How many cache blocks to make: what was asked for, or what memory allows and the requests could fill."""
         config = self._config
         # Looked up in any case: it also compiles the kernels, which a request should not wait for.
-        free = self._free_gpu_bytes() if self.device.type == "cuda" else _free_cpu_bytes()
+        free = cpu_bytes() if self._budget is None else self._free_gpu_bytes(self._budget)
         if config.num_blocks is not None:
             return config.num_blocks
         bytes_each = block_bytes(config)
@@ -263,54 +262,55 @@ class ModelRunner:
         logger.info("KV cache: %d tokens in %d blocks of %s, %.2f GiB", tokens, num_blocks, kind, size)
         return num_blocks
 
-    def _free_gpu_bytes(self) -> int:
-        """Memory that remains below the utilization limit when the largest step runs."""
-        started = time.monotonic()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        self._profile()
-        torch.cuda.synchronize()
+    def _free_gpu_bytes(self, budget: GpuBudget) -> int:
+        """Memory that remains of the budget when the largest step runs."""
+        started, most = time.monotonic(), self._config.max_num_batched_tokens
+        vision, steps, sampling = self._profile()
         logger.info("compiled kernels and measured the largest step in %.1f s", time.monotonic() - started)
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        others = total - free - torch.cuda.memory_reserved()
-        return int(total * self._config.gpu_memory_utilization) - others - peak - self._later_bytes()
+        free = budget.left() - self._later_bytes()
+        if not self._uses_graphs:
+            return free - max(vision, steps, sampling)
+        # Graphs keep the memory of their activations to themselves; what is launched without them needs its own.
+        launched = max(vision, sampling, 0 if step_sizes(most)[-1] == most else steps)
+        return free - self._graph_bytes() - max(vision, steps) - launched
 
     def _later_bytes(self) -> int:
-        """What is allocated later: encoded images, the sampler's tables of penalties, CUDA graphs."""
+        """What is allocated later: encoded images and the sampler's tables of penalties."""
         config = self._config
         images = config.encoder_cache_tokens * config.text_config.hidden_size * config.dtype.itemsize
         penalties = config.max_num_seqs * config.vocab_size * (torch.int32.itemsize + torch.bool.itemsize)
-        return int(images + penalties) + (self._graph_bytes() if self._uses_graphs else 0)
+        return int(images + penalties)
 
     def _graph_bytes(self) -> int:
-        """What CUDA graphs take beside their activations, which the largest step took in the profile too."""
+        """What CUDA graphs take beside their activations."""
         config, text = self._config, self._config.text_config
         decodes, steps = decode_sizes(self._most_in_graph), step_sizes(config.max_num_batched_tokens)
         kept = (2 * len(decodes) + len(steps)) * text.num_hidden_layers * _GRAPH_BYTES_PER_LAYER
-        logits = decodes[-1] * config.vocab_size * (torch.float32.itemsize + config.dtype.itemsize)
+        logits = decodes[-1] * config.vocab_size * torch.float32.itemsize
         return int(kept + logits + 2 * steps[-1] * text.hidden_size * config.dtype.itemsize)
 
     @property
     def _most_in_graph(self) -> int:
         return min(self._config.max_num_seqs, self._config.max_num_batched_tokens, _MOST_IN_GRAPH)
 
-    def _profile(self) -> None:
-        """Run the largest step and the largest batch of images on a cache of one block."""
+    def _profile(self) -> tuple[int, int, int]:
+        """Bytes that the largest batch of images, the largest step and the sampler take at most."""
+        most = self._config.max_num_batched_tokens
+        rows = max(self._config.max_num_seqs, _LOGPROB_ROWS)
         with torch.inference_mode():
-            if self._vision is not None:
-                self._vision.profile()
+            vision = 0 if self._vision is None else peak_bytes(self._vision.profile)
             # Small steps take kernels of their own, which no request should wait for to be compiled.
-            most = self._config.max_num_batched_tokens
-            for tokens in sorted({min(tokens, most) for tokens in (1, 2, 32, 64, 128, most)}):
-                hidden = self._profile_step(tokens)
-            rows = max(self._config.max_num_seqs, _LOGPROB_ROWS)
-            logits = self.model.logits(hidden[:1].expand(rows, -1))
-            profile_sampling(logits)
+            sizes = sorted({min(tokens, most) for tokens in (1, 2, 32, 64, 128, most)})
+            steps = max(peak_bytes(partial(self._profile_step, size)) for size in sizes)
+            sampling = peak_bytes(lambda: profile_sampling(self.model.logits(self._zeros(rows))))
+        return vision, steps, sampling
+
+    def _zeros(self, rows: int) -> Tensor:
+        size = self._config.text_config.hidden_size
+        return torch.zeros(rows, size, dtype=self._config.dtype, device=self.device)
 
     def _profile_step(self, tokens: int) -> Tensor:
-        """So many tokens in sequences as long as they may be, all in one block, which changes nothing about memory."""
+        """So many tokens in sequences as long as they may be, in one block, which changes nothing about memory."""
         longest = min(tokens, self.max_model_len)
         lengths = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
         lengths.sort(key=lambda length: length > 1)  # as `InputBatch` puts them
@@ -364,7 +364,3 @@ def _make_exact() -> None:
     """Float32 products are float32 products: no TF32, which would cost three digits."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-
-
-def _free_cpu_bytes() -> int:
-    return min(_CPU_CACHE_BYTES, int(psutil.virtual_memory().available * _CPU_CACHE_SHARE))

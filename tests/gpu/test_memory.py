@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine import LLM, SamplingParams
+from engine.worker.memory_budget import GpuBudget, peak_bytes
 from tests.conftest import MakeCheckpoint
 from tests.random_checkpoint import CheckpointSpec
 
@@ -32,3 +33,31 @@ def test_a_step_that_runs_out_of_memory(eager: bool, checkpoint: MakeCheckpoint)
     llm._core.check_integrity()
     again = llm.generate(prompts, params, use_tqdm=False)
     assert [output.outputs[0].token_ids for output in again] == wanted
+
+
+def test_a_budget_counts_what_comes_after_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Not what lay there before, as long as the share is free."""
+    before = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    _, total = torch.cuda.mem_get_info()
+    budget = GpuBudget(0.25)
+    assert not caplog.text
+    after = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    assert abs(budget.left() - (total // 4 - (1 << 28))) < 64 << 20
+    assert before.is_cuda and after.is_cuda
+
+
+def test_a_budget_is_never_more_than_what_is_free(caplog: pytest.LogCaptureFixture) -> None:
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    budget = GpuBudget(1.0)
+    assert budget.left() <= free + (64 << 20)
+    assert "GiB of the GPU are free: --gpu-memory-utilization asks for" in caplog.text
+
+
+def test_peak() -> None:
+    def run() -> None:
+        first = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+        del first
+        torch.empty(1 << 27, dtype=torch.uint8, device="cuda")
+
+    assert peak_bytes(run) == 1 << 28

@@ -190,6 +190,14 @@ def test_a_model_that_cannot_be_loaded_leaves_no_socket(checkpoint: MakeCheckpoi
     assert not (tmp_path / "socket").exists()
 
 
+def test_an_engine_that_cannot_start_leaves_one_line(checkpoint: MakeCheckpoint) -> None:
+    """And nothing that the system would have to clean up, and say so."""
+    ended = run_to_end("--model", str(checkpoint(LONG)), "--kv-cache-memory-bytes", "1", "--port", "0")
+    assert ended.returncode == 1
+    assert [line for line in ended.stderr.splitlines() if " INFO " not in line] == [ended.stderr.splitlines()[-1]]
+    assert ended.stderr.splitlines()[-1].startswith("error: --kv-cache-memory-bytes is 1")
+
+
 GUARDED = [
     ("GET", "/v1/models"), ("GET", "/v1/models/x"), ("POST", CHAT), ("POST", COMPLETIONS), ("GET", "/v1"),
     ("GET", "/v1/"), ("GET", "/v1/nothing/at/all"), ("DELETE", CHAT), ("POST", "/tokenize"), ("POST", "/detokenize"),

@@ -332,7 +332,7 @@ def test_offline_and_not_cached(offline: Client, home: Path) -> None:
     error = offline.error("resolve_model", REPO)
     assert error == (
         f"model {REPO} is not wholly in the cache, {home}/hub, and HF_HUB_OFFLINE is set: "
-        "unset it once to download, or name a local folder"
+        "unset it once to download, or name a local folder (there is none of this name)"
     )
 
 
@@ -345,7 +345,7 @@ def test_offline_and_cached_in_part(hub: Hub, client: Client, offline: Client) -
 def test_unreachable_and_not_cached(unreachable: Client) -> None:
     assert unreachable.error("resolve_model", REPO) == (
         f"model {REPO} is not in the cache, and the Hub, http://127.0.0.1:9, cannot be reached: "
-        "check network and proxy, or name a local folder"
+        "check network and proxy, or name a local folder (there is none of this name)"
     )
 
 
