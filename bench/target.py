@@ -70,7 +70,9 @@ async def _first_model(session: aiohttp.ClientSession, url: str) -> str:
         async with session.get(url) as response:
             return str((await response.json())["data"][0]["id"])
     except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise RuntimeError(f"{url} does not name a model ({error}): give --model") from error
+        raise RuntimeError(
+            f"{url} does not name a model ({error}): start a server, name another with --base-url, or give --model"
+        ) from error
 
 
 async def _version(session: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:

@@ -106,7 +106,7 @@ class ChatTemplate:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
         texts = [part["text"] for part in parts if part.get("type") == "text"]
         if self._image_token is not None and any(self._image_token in text for text in texts):
-            raise ValueError(f"a message holds the text {self._image_token!r}, which stands for an image")
+            raise ValueError(f"a message holds the text {self._image_token!r}, which stands for an image: leave it out")
         if not self._joins_texts.get("system" if message["role"] == "developer" else message["role"], True):
             texts = ["\n".join(texts)]
             parts = [{"type": "text", "text": texts[0]}]

@@ -186,7 +186,9 @@ def _check(args: EngineArgs) -> None:
     if args.num_gpu_blocks_override is not None and args.kv_cache_memory_bytes is not None:
         raise ValueError("--num-gpu-blocks-override and --kv-cache-memory-bytes exclude each other")
     if args.tensor_parallel_size != 1:
-        raise ValueError(f"--tensor-parallel-size is {args.tensor_parallel_size}: only 1 is available yet")
+        raise ValueError(
+            f"--tensor-parallel-size is {args.tensor_parallel_size}: only 1 is available yet: start one server a GPU"
+        )
     if args.disable_image_processor and args.image_processor is not None:
         raise ValueError("--disable-image-processor and --image-processor exclude each other")
     if args.image_processor is not None and args.image_input_type == "image_features":
@@ -217,7 +219,7 @@ def _name(name: str) -> str:
 def _device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise ValueError("--device is cuda, but torch sees no GPU")
+        raise ValueError("--device is cuda, but torch sees no GPU: leave it out to run on the CPU")
     return torch.device("cuda" if name != "cpu" and available else "cpu")
 
 
@@ -265,7 +267,7 @@ def _vision(args: EngineArgs, config: Any, path: Path, max_len: int) -> VisionCo
 
 def _match(name: str, given: Any, found: Any) -> None:
     if given is not None and given != found:
-        raise ValueError(f"{_name(name)} is {_show(given)}, but the checkpoint says {_show(found)}")
+        raise ValueError(f"{_name(name)} is {_show(given)}, but the checkpoint says {_show(found)}: leave it out")
 
 
 def _show(value: Any) -> str:

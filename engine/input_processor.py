@@ -126,7 +126,7 @@ class InputProcessor:
         if isinstance(image, np.ndarray | torch.Tensor):
             return _tensor(image, vision)
         if not isinstance(image, Image.Image):
-            raise ValueError(f"an image is a {type(image).__name__}: it must be a PIL image or a float array")
+            raise ValueError(f"an image is a {type(image).__name__}: it must be a PIL image or an array")
         if 0 in image.size:
             raise ValueError(f"an image has the size {image.width}x{image.height}: it must hold pixels")
         if vision.processor is None:
@@ -159,7 +159,7 @@ class InputProcessor:
         if len(token_ids) >= self.max_model_len:
             raise ValueError(
                 f"the prompt has {len(token_ids)} tokens, but the context is {self.max_model_len} tokens, "
-                "of which the answer needs at least one"
+                "of which the answer needs at least one: shorten it"
             )
         return ProcessedPrompt(token_ids, placed, text)
 
@@ -181,7 +181,7 @@ class InputProcessor:
         if wanted is not None and wanted > room:
             raise ValueError(
                 f"max_tokens is {wanted}, but the context is {self.max_model_len} tokens, "
-                f"of which the prompt takes {len(prompt.token_ids)}"
+                f"of which the prompt takes {len(prompt.token_ids)}: {max(room, 0)} are left"
             )
         return room if wanted is None else wanted
 

@@ -236,7 +236,8 @@ def _images(data: Any) -> list[Any]:
     if isinstance(data, list | tuple):
         return list(data)
     if not isinstance(data, dict) or set(data) - {"image"}:
-        raise ValueError("multi_modal_data must be ImagePixelData, ImageFeatureData or {'image': …}")
+        keys = f" and not {', '.join(map(str, data))}" if isinstance(data, dict) else ""
+        raise ValueError(f"multi_modal_data must be ImagePixelData, ImageFeatureData or {{'image': …}}{keys}")
     image = data.get("image")
     return [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
 

@@ -117,7 +117,7 @@ class SamplingParams:
             return
         if isinstance(self.structured_outputs, dict):
             try:
-                self.structured_outputs = StructuredOutputs(**self.structured_outputs)
+                self.structured_outputs = StructuredOutputs.from_dict(self.structured_outputs)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"structured_outputs: {error}") from None
         if not isinstance(self.structured_outputs, StructuredOutputs):

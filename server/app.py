@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import chat, completions, messages, responses, tokenization
+from server.api_docs import docs_routes
 from server.errors import ApiError, install_handlers
 from server.openapi import ABOUT, DescribedApp, describe
 from server.pages import page_routes
@@ -39,6 +40,8 @@ def create_app(state: ServerState) -> FastAPI:
         title="Vision-language model server",
         description=ABOUT,
         version=program_version(),
+        docs_url=None,  # ours loads nothing from elsewhere
+        redoc_url=None,
         redirect_slashes=False,  # a redirect would repeat the Host that a client names
     )
     app.root_path = state.args.root_path  # as an argument it is deprecated: uvicorn's own would change the paths
@@ -46,6 +49,7 @@ def create_app(state: ServerState) -> FastAPI:
     app.state.server = state
     for routes in (router, chat.router, completions.router, responses.router, messages.router, tokenization.router):
         app.include_router(routes)
+    app.router.routes.extend(docs_routes(app.title))
     if not state.args.disable_playground:
         app.router.routes.extend(page_routes(state.config))
     install_handlers(app)

@@ -7,6 +7,7 @@ import re
 import ssl
 import sys
 from dataclasses import Field, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -71,7 +72,23 @@ class _Parser(argparse.ArgumentParser):
     """Ends with one readable line."""
 
     def error(self, message: str) -> NoReturn:
-        fail(message)
+        fail(message + _hint(message))
+
+
+def _hint(message: str) -> str:
+    """What may have been meant by a word that is no flag."""
+    unknown = message.removeprefix("unrecognized arguments: ").split()
+    if not message.startswith("unrecognized") or not unknown:
+        return ""
+    if not unknown[0].startswith("-"):
+        return ": the model is named by --model"
+    flags = [_flag_name(flag) for flag in (*EngineArgs.flags(), *fields(ServerArgs))]
+    near = get_close_matches(unknown[0].partition("=")[0], flags, n=1, cutoff=0.75)
+    return f": did you mean {near[0]}?" if near else ": --help lists the flags, docs/migration.md what became of vLLM's"
+
+
+def _flag_name(flag: "Field[Any]") -> str:
+    return "--" + flag.name.replace("_", "-")
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -110,7 +127,7 @@ def parse_args(argv: list[str]) -> tuple[EngineArgs, ServerArgs]:
 
 def add_flag(group: Any, flag: "Field[Any]") -> None:
     """Let a parser, or a group of one, take a flag that a dataclass's field describes."""
-    name, meta = "--" + flag.name.replace("_", "-"), flag.metadata
+    name, meta = _flag_name(flag), flag.metadata
     default = flag.default_factory() if callable(flag.default_factory) else flag.default
     common = {"dest": flag.name, "default": default, "help": _help(meta["help"], default)}
     if flag.name == "enable_prefix_caching":

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import Scope
 
 from engine.errors import EngineDeadError, QueueFullError
@@ -143,17 +144,29 @@ def install_handlers(app: FastAPI) -> None:
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, HTTPException) and error.status_code in (404, 405):
-            message = f"{request.method} {request.url.path[:200]} is not served: see /docs for what is"
-            error = ApiError(error.status_code, message, headers=error.headers)
+            error = ApiError(error.status_code, _not_served(request, error), headers=error.headers)
         told = from_exception(error)
         # Not the message, which may quote what the client sent, nor where in a field of the client's own keys it is.
         field = (told.param or told.code or "").partition(".")[0]
         path = ascii(request.url.path)[1:-1][:_LONGEST_PATH]
-        logger.info("%s %s refused: %d, %s", request.method, path, told.status, field)
+        name = request.scope.get("request_id", "")
+        logger.info("%s %s refused: %d, %s, %s", request.method, path, told.status, field or "no field", name)
         return told.response(request.scope)
 
     for kind in (ApiError, HTTPException, ValidationError, ValueError, QueueFullError, EngineDeadError, Exception):
         app.add_exception_handler(kind, handle)
+
+
+def _not_served(request: Request, error: HTTPException) -> str:
+    """A 404's or 405's message, with what may have been meant."""
+    asked = f"{request.method} {request.url.path[:200]}"
+    allowed = (error.headers or {}).get("Allow")
+    if allowed:
+        return f"{asked} is not served: use {allowed}"
+    meant = f"/v1{request.url.path}"
+    if any(route.matches({**request.scope, "path": meant})[0] is Match.FULL for route in request.app.routes):
+        return f"{asked} is not served: did you mean {meant[:200]}?"
+    return f"{asked} is not served: see /docs for what is"
 
 
 def _named_field(message: str) -> str | None:

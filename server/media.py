@@ -169,7 +169,9 @@ class MediaFetcher:
         except (OSError, ValueError, UnicodeError):
             raise MediaError("the image could not be fetched: its host was not found") from None
         if not self._limits.allow_private_hosts and not all(is_public(address) for address in addresses):
-            raise MediaError("the image URL leads to an address that is not public, which is not allowed")
+            raise MediaError(
+                "the image URL leads to an address that is not public, which takes --allow-private-media-hosts"
+            )
         if not addresses:
             raise MediaError("the image could not be fetched: its host was not found")
         return addresses[0]

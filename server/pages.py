@@ -31,12 +31,12 @@ _TYPES = {
     ".png": "image/png",
     ".svg": "image/svg+xml",
 }
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 _HEADERS = {
     "Cache-Control": "no-cache",  # each load asks whether the file is still the same
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
@@ -45,24 +45,25 @@ _HEADERS = {
 def page_routes(config: EngineConfig) -> list[Route]:
     """A route for each file, which is read now. Pages have no name of their own: links between them are relative."""
     pages = {"/": "playground.html", "/dashboard": "dashboard.html"}
-    routes = [_route(path, name, (_FILES / name).read_bytes()) for path, name in pages.items()]
+    routes = [static_route(path, name, (_FILES / name).read_bytes()) for path, name in pages.items()]
     for file in sorted(_FILES.iterdir()):
         if file.name not in pages.values():
-            routes.append(_route(f"/playground/{file.name}", file.name, file.read_bytes()))
+            routes.append(static_route(f"/playground/{file.name}", file.name, file.read_bytes()))
     samples = _QUESTIONS if _is_demo(config) else {}
     for name in samples:
-        routes.append(_route(f"/playground/samples/{name}", name, (_SAMPLES / name).read_bytes()))
+        routes.append(static_route(f"/playground/samples/{name}", name, (_SAMPLES / name).read_bytes()))
     listed = [{"file": name, "question": question} for name, question in samples.items()]
-    return [*routes, _route("/playground/samples.json", "samples.json", msgspec.json.encode(listed))]
+    return [*routes, static_route("/playground/samples.json", "samples.json", msgspec.json.encode(listed))]
 
 
 def _is_demo(config: EngineConfig) -> bool:
     return config.model_path.resolve() == DEMO_MODEL.resolve()
 
 
-def _route(path: str, name: str, body: bytes) -> Route:
+def static_route(path: str, name: str, body: bytes, policy: str = _POLICY) -> Route:
+    """A file of this name and its bytes, under a Content-Security-Policy."""
     etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-    headers = {**_HEADERS, "ETag": etag}
+    headers = {**_HEADERS, "Content-Security-Policy": policy, "ETag": etag}
     media_type = _TYPES[Path(name).suffix]
 
     async def send(request: Request) -> Response:

@@ -87,7 +87,9 @@ def plain_tools(tools: list[Tool] | None) -> list[dict[str, Any]] | None:
 def check_system_text(state: ServerState, field: str, text: str) -> None:
     """Refuse the image placeholder in a field of its own, which a chat would blame on its messages."""
     if state.inputs.image_token is not None and state.inputs.image_token in text:
-        raise bad_request(f"{field} holds the text {state.inputs.image_token!r}, which stands for an image", field)
+        raise bad_request(
+            f"{field} holds the text {state.inputs.image_token!r}, which stands for an image: leave it out", field
+        )
 
 
 async def chat_prompt(state: ServerState, body: ChatCompletionRequest) -> ProcessedPrompt:

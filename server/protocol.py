@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from dataclasses import fields
 from functools import partial
 from typing import Annotated, Any
 
@@ -163,7 +162,7 @@ class SamplingFields(RequestModel):
             if self.structured_outputs is None:
                 return None
             with beginning_with("structured_outputs"):
-                return StructuredOutputs(**_known_fields(self.structured_outputs))
+                return StructuredOutputs.from_dict(self.structured_outputs)
         if self.structured_outputs is not None:
             raise ValueError("response_format and structured_outputs exclude each other")
         kind = self.response_format.get("type")
@@ -200,15 +199,6 @@ class SamplingFields(RequestModel):
         if form is not None:
             values["structured_outputs"] = form
         return SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs)
-
-
-def _known_fields(given: dict[str, Any]) -> dict[str, Any]:
-    """Nulls left out; `ValueError` for what is not known, which would have changed the answer."""
-    names = {field.name for field in fields(StructuredOutputs)}
-    for name, value in given.items():
-        if name not in names and value is not None:
-            raise ValueError(f"{name[:100]!r} is not available: {', '.join(sorted(names))} are")
-    return {name: value for name, value in given.items() if value is not None}
 
 
 _SAMPLING_FIELDS = (

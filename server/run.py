@@ -236,6 +236,8 @@ async def _listen_and_drain(
             raise ModelLoadError(f"cannot listen on {_url(args, listener)}: {one_line(_failure(serving))}")
         await asyncio.sleep(0.01)
     _say(f"Serving {', '.join(state.config.served_names)} at {_url(args, listener)}")
+    if args.api_key:  # of which one may be a word that was meant as something else
+        logger.info("clients must send the API key, one of %d", len(args.api_key))
     logger.info("ready %.1f s after the start", time.time() - psutil.Process().create_time())
     stopping, dying = asyncio.create_task(stop.wait()), asyncio.create_task(state.engine.dead.wait())
     await asyncio.wait((stopping, dying, serving), return_when=asyncio.FIRST_COMPLETED)

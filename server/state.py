@@ -101,7 +101,9 @@ class ServerState:
         """The served name that a request means; 404 for a name that is not served."""
         if name is None or name in self.config.served_names:
             return name or self.model_name
-        raise ApiError(404, f"the model {name[:100]!r} does not exist", param="model", code="model_not_found")
+        served = ", ".join(self.config.served_names)
+        message = f"the model {name[:100]!r} does not exist: {served} is served"
+        raise ApiError(404, message, param="model", code="model_not_found")
 
     @asynccontextmanager
     async def open_request(self) -> AsyncIterator[None]:
@@ -197,6 +199,8 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
             raise _too_large(limit)
         chunks.append(chunk)
     body = b"".join(chunks)
+    if not body:
+        raise ApiError(400, "the body is empty: send a JSON object")
     check_size(state_of(request), "the body", body)
     if size <= _PARSED_AT_ONCE:
         return kind.model_validate_json(body)

@@ -61,5 +61,7 @@ def _text_tokens(state: ServerState, body: TokenizeTextRequest) -> list[int]:
     tokens = state.inputs.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     vision = state.config.vision
     if vision is not None and vision.image_token_id in tokens:
-        raise bad_request(f"prompt holds the text {state.inputs.image_token!r}, which stands for an image", "prompt")
+        raise bad_request(
+            f"prompt holds the text {state.inputs.image_token!r}, which stands for an image: leave it out", "prompt"
+        )
     return tokens

@@ -1,7 +1,7 @@
 """What a client says that an answer must look like, and the same in the grammar library's words."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from llguidance import LLMatcher
@@ -40,6 +40,20 @@ class StructuredOutputs:
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None
     """Between the parts of a JSON document."""
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> "StructuredOutputs":
+        """From names and values; None is as if the name were not there.
+
+        Raises:
+            ValueError: as above, or a name is not known: what it asks for would have changed the answer.
+        """
+        names = {field.name for field in fields(cls)}
+        values = {name: value for name, value in given.items() if value is not None}
+        for name in values:
+            if name not in names:
+                raise ValueError(f"{str(name)[:100]!r} is not available: {', '.join(sorted(names))} are")
+        return cls(**values)
 
     def __post_init__(self) -> None:
         if self.json_object not in (None, True):

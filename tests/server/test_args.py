@@ -85,6 +85,20 @@ def test_dashes_and_underscores() -> None:
     assert engine.enable_prefix_caching is False
 
 
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--modle", "x"], "did you mean --model?"),
+        (["--max_model=5"], "did you mean --max-model-len?"),
+        (["org/name"], "the model is named by --model"),
+        (["--trust-remote-code"], "--help lists the flags, docs/migration.md what became of vLLM's"),
+    ],
+    ids=str,
+)
+def test_what_is_no_flag(capsys: pytest.CaptureFixture[str], flags: list[str], hint: str) -> None:
+    assert refused(capsys, *flags).endswith(f": {hint}\n")
+
+
 def test_names_as_json() -> None:
     for given, names in {
         '["*"]': ["*"],

@@ -488,11 +488,13 @@ def test_malformed_bodies(server: Server, body: bytes, param: str | None) -> Non
 
 
 def test_other_statuses(server: Server) -> None:
-    check_error(chat(server, model="nothing"), "model", "'nothing'", status=404)
+    check_error(chat(server, model="nothing"), "model", "'nothing'", f"{server.names[0]} is served", status=404)
     with server.client() as client:
         assert error_of(client.get("/v1/nothing"), 404)["message"].startswith("GET /v1/nothing is not served")
+        without_v1 = error_of(client.post("/chat/completions"), 404)["message"]
+        assert without_v1 == "POST /chat/completions is not served: did you mean /v1/chat/completions?"
         wrong_method = client.get(PATH)
-        error_of(wrong_method, 405)
+        assert error_of(wrong_method, 405)["message"] == f"GET {PATH} is not served: use POST"
         assert wrong_method.headers["allow"] == "POST"
         body = json.dumps({"messages": QUESTION, "max_tokens": 1})
         error_of(client.post(PATH, content=body, headers={"Content-Type": "text/plain"}), 415)
