@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import sys
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ def main() -> None:
             print(compare(*map(record.read, args.files)))
         else:
             _measure(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
 
@@ -51,6 +54,8 @@ def _measure(args: argparse.Namespace) -> None:
 
         plot.write(args.plot, found)
     print(text)
+    if args.what == "serve" and not found.result.completed:
+        raise RuntimeError("no request was completed")
 
 
 def _settings(args: argparse.Namespace) -> dict[str, object]:
@@ -88,11 +93,16 @@ async def _sweep(args: argparse.Namespace) -> tuple[Record, str]:
     async with connect(args.base_url, model=args.served_model, api_key=args.key) as target:
         await warm_up(target, settings, max(args.concurrencies, default=Pace().concurrency))
         print(line(COLUMNS))
-        async for point in sweep(target, settings, series, args.max_ttft_p95_ms):
-            print(show_point(point), flush=True)
-            points.append(point)
+        with contextlib.suppress(asyncio.CancelledError):  # by Ctrl-C: what was measured is kept
+            async for point in sweep(target, settings, series, args.max_ttft_p95_ms):
+                print(show_point(point), flush=True)
+                points.append(point)
     left = len(args.rates) + len(args.concurrencies) - len(points)
-    text = f"{left} heavier loads were left out: the server did not keep up" if left else "all loads were measured"
+    text = (
+        f"{left} loads were left out: the server did not keep up, or it was interrupted"
+        if left
+        else "all loads were measured"
+    )
     return record.new("sweep", _settings(args), Sweep(points), target.described()), text
 
 

@@ -9,6 +9,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 logger = logging.getLogger("server.access")
 
 _CLIENT_CLOSED_REQUEST = 499
+_ROUTINE = ("/health", "/metrics")
+"""What probes and dashboards ask for every second."""
 _LONGEST_PATH = 200
 _LONGEST_CLIENT = 100
 
@@ -26,17 +28,21 @@ class AccessLog:
         if scope["type"] != "http" or not logger.isEnabledFor(logging.INFO):
             await self._app(scope, receive, send)
             return
-        began, status = time.monotonic(), _CLIENT_CLOSED_REQUEST  # unless something is answered
+        began, status, is_complete = time.monotonic(), _CLIENT_CLOSED_REQUEST, False
 
         async def send_noted(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_complete
             if message["type"] == "http.response.start":
                 status = message["status"]
+            else:
+                is_complete = not message.get("more_body", False)
             await send(message)
 
         try:
             await self._app(scope, receive, send_noted)
         finally:
+            if not is_complete and status < 400:  # a stream whose reader left
+                status = _CLIENT_CLOSED_REQUEST
             _tell(scope, status, 1000 * (time.monotonic() - began))
 
 
@@ -49,7 +55,9 @@ def _tell(scope: Scope, status: int, milliseconds: float) -> None:
         "client": _client(scope),
         "request_id": scope["request_id"],
     }
-    logger.info(
+    is_routine = status == 200 and scope["path"] in _ROUTINE
+    logger.log(
+        logging.DEBUG if is_routine else logging.INFO,
         '%(client)s - "%(method)s %(path)s" %(status)d in %(duration_ms).1f ms, %(request_id)s',
         {**fields, "client": fields["client"] or "-"},
         extra={"fields": fields},

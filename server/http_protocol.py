@@ -2,12 +2,16 @@
 
 import asyncio
 import json
+import logging
 from http import HTTPStatus
 from typing import Any
+from uuid import uuid4
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.errors import ApiError
+
+logger = logging.getLogger(__name__)
 
 HEAD_BYTES = 64 << 10
 """Of the request line and all headers, or of what comes behind a body."""
@@ -114,9 +118,12 @@ class LimitedProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, message: str) -> None:
         if self.transport.is_closing():
             return
+        name = f"req_{uuid4().hex}"
+        logger.info("a request was refused before it was read: %d, %s", status, name)
         body = json.dumps(ApiError(status, message).body()).encode()
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            f"x-request-id: {name}\r\nrequest-id: {name}\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         begun = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete

@@ -10,6 +10,8 @@ logger = logging.getLogger(__name__)
 
 _CPU_BYTES = 4 << 30
 _CPU_SHARE = 0.25
+_MOST_OF_FREE = 0.97
+"""The rest is for what nobody foresees: memory in pieces, kernels that are loaded late."""
 
 
 class GpuBudget:
@@ -26,8 +28,8 @@ class GpuBudget:
         torch.cuda.empty_cache()
         self._free, total = torch.cuda.mem_get_info()
         self._reserved, self._allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
-        self._limit = min(int(total * share), self._free)
-        if self._limit < int(total * share):
+        self._limit = int(min(total * share, self._free * _MOST_OF_FREE))
+        if self._free < total * share:
             free, asked = self._free / 2**30, total * share / 2**30
             logger.warning("only %.1f GiB of the GPU are free: --gpu-memory-utilization asks for %.1f", free, asked)
 

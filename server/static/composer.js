@@ -4,9 +4,14 @@ import { byId, el } from "./dom.js";
 
 const text = byId("message");
 let pictures = [];
+/** Of pictures that are added: a message that is sent meanwhile has them too. */
+let reading = Promise.resolve();
 
 /** The message as it stands. */
 export const draft = () => ({ text: text.value.trim(), pictures: [...pictures] });
+
+/** Until all pictures are there that were added. */
+export const picturesRead = () => reading;
 
 /** Write another one. */
 export function setDraft(message) {
@@ -36,7 +41,11 @@ export const thumbnail = (picture) => el("img", { src: picture.url, alt: picture
  */
 export function connectComposer(tell, complain) {
   const file = byId("file");
-  const take = (files) => addFiles([...files], tell, complain);
+  const take = (files) => {
+    const added = addFiles([...files], tell, complain);
+    reading = Promise.all([reading, added]);
+    return added;
+  };
   byId("add-picture").addEventListener("click", () => file.click());
   file.addEventListener("change", async () => {
     await take(file.files);
@@ -73,13 +82,13 @@ function connectDrop(take) {
 async function addFiles(files, tell, complain) {
   const images = files.filter((file) => file.type.startsWith("image/"));
   const others = files.filter((file) => !images.includes(file));
-  try {
-    pictures.push(...(await Promise.all(images.map(readPicture))));
-  } catch (error) {
-    complain(`A picture cannot be read: ${error.message}`);
-  }
+  const results = await Promise.allSettled(images.map(readPicture));
+  const read = results.filter((result) => result.status === "fulfilled").map((result) => result.value);
+  const failure = results.find((result) => result.status === "rejected");
+  pictures = [...pictures, ...read];
   showPictures();
-  if (images.length) tell(`${count(images.length)} added, ${pictures.length} in all`);
+  if (read.length) tell(`${count(read.length)} added, ${pictures.length} in all`);
+  if (failure) complain(`A picture cannot be read: ${failure.reason.message}`);
   if (others.length) complain(`No picture: ${others.map((file) => file.name).join(", ")}`);
   text.focus();
 }

@@ -5,6 +5,8 @@ import { byId, el } from "./dom.js";
 import { byLabel, growth, parse, quantile, total } from "./prometheus.js";
 
 const EVERY_MS = 1000;
+// A server that takes longer is told to be silent.
+const ANSWER_MS = 5000;
 const SPAN_S = 300;
 const RATE_S = 10;
 const WINDOW_S = 60;
@@ -123,13 +125,16 @@ function say(message, isBad) {
 async function poll() {
   if (!paused) {
     try {
-      const response = await fetch(new URL("metrics", document.baseURI), { cache: "no-store" });
+      const response = await fetch(new URL("metrics", document.baseURI), {
+        cache: "no-store",
+        signal: AbortSignal.timeout(ANSWER_MS),
+      });
       if (!response.ok) throw new Error(`status ${response.status}`);
       add(parse(await response.text()));
       draw();
-      say("Live", false);
+      if (!paused) say("Live", false);
     } catch {
-      say(`No answer from the server since ${since()}`, true);
+      if (!paused) say(`No answer from the server since ${since()}`, true);
     }
   }
   setTimeout(poll, EVERY_MS);

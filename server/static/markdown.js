@@ -2,12 +2,13 @@
 
 import { el } from "./dom.js";
 
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)[^`]*$/;
-const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/;
+// No part of these can take what the next one takes as well: a reply's line may be long, and is read many times.
+const FENCE = /^ {0,3}(`{3,}(?!`)|~{3,}(?!~))([^`]*)$/;
+const HEADING = /^ {0,3}(#{1,6})\s(.*)$/;
 const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^(\s*)(?:[-*+]|(\d{1,9})[.)])(?:\s+|$)/;
-const TABLE_LINE = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
+const TABLE_CELL = /^:?-+:?$/;
 
 // Lists and quotes inside of each other; deeper ones are paragraphs.
 const DEEPEST = 8;
@@ -40,7 +41,7 @@ function block(lines, at, depth) {
   if (FENCE.test(line)) return code(lines, at);
   const heading = HEADING.exec(line);
   // The page has headings of its own: those of a reply begin below them.
-  if (heading) return [el(`h${Math.min(6, heading[1].length + 2)}`, {}, ...inline(heading[2])), at + 1];
+  if (heading) return [el(`h${Math.min(6, heading[1].length + 2)}`, {}, ...inline(withoutHashes(heading[2]))), at + 1];
   if (RULE.test(line)) return [el("hr"), at + 1];
   if (depth < DEEPEST && QUOTE.test(line)) return quote(lines, at, depth);
   if (depth < DEEPEST && ITEM.test(line)) return list(lines, at, depth);
@@ -48,8 +49,17 @@ function block(lines, at, depth) {
   return paragraph(lines, at, depth);
 }
 
+/** A heading may end as it begins. */
+function withoutHashes(title) {
+  const text = title.trim();
+  let end = text.length;
+  while (text[end - 1] === "#") end -= 1;
+  return text.slice(0, end).trim();
+}
+
 function code(lines, at) {
-  const [, fence, language] = FENCE.exec(lines[at]);
+  const [, fence, about] = FENCE.exec(lines[at]);
+  const [language] = /^[\w+#.-]*/.exec(about.trim());
   const isEnd = (line) => line.trim().startsWith(fence) && line.trim().replaceAll(fence[0], "") === "";
   let end = at + 1;
   while (end < lines.length && !isEnd(lines[end])) end += 1;
@@ -103,11 +113,12 @@ function tight(nodes) {
   return nodes[0]?.tagName === "P" ? [...nodes[0].childNodes, ...nodes.slice(1)] : nodes;
 }
 
-const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|").map((cell) => cell.trim());
+const cells = (line) => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map((cell) => cell.trim());
 
 function isTable(lines, at) {
   const below = lines[at + 1] ?? "";
-  return lines[at].includes("|") && TABLE_LINE.test(below) && cells(below).length === cells(lines[at]).length;
+  if (!lines[at].includes("|") || !below.includes("-")) return false;
+  return cells(below).every((cell) => TABLE_CELL.test(cell)) && cells(below).length === cells(lines[at]).length;
 }
 
 function table(lines, at) {
@@ -137,6 +148,7 @@ const RULES = {
   "\\": [[/\\([!-/:-@[-`{-~])/y, (match) => match[1]]],
   "`": [[/(`+)(?!`)([^]{1,2000}?)(?<!`)\1(?!`)/y, (match) => el("code", {}, match[2].trim() || match[2])]],
   "*": [
+    [/\*\*\*(?=[^\s*])([^]{0,2000}?[^\s*])\*\*\*(?!\*)/y, (match) => el("strong", {}, el("em", {}, ...inline(match[1])))],
     [/\*\*(?=\S)([^]{0,2000}?\S)\*\*/y, styled("strong")],
     [/\*(?=[^\s*])([^]{0,2000}?[^\s*])\*(?!\*)/y, styled("em")],
   ],

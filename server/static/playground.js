@@ -1,7 +1,7 @@
 // The conversation: what is asked, what comes back, and what may be done with it.
 
 import { Problem, address, chatEvents, modelNames } from "./api.js";
-import { connectComposer, draft, readPicture, setDraft, thumbnail } from "./composer.js";
+import { connectComposer, draft, picturesRead, readPicture, setDraft, thumbnail } from "./composer.js";
 import { byId, el } from "./dom.js";
 import { renderMarkdown } from "./markdown.js";
 import { apiKey, chosenFields, connectSettings, show as showSettings, systemPrompt } from "./settings.js";
@@ -17,6 +17,8 @@ const EMPTY = { text: "", pictures: [] };
 let turns = [];
 /** The one that is being edited. */
 let edited = null;
+/** What was being written before. */
+let kept = EMPTY;
 /** Whether the end of the conversation is kept in view, as long as nobody scrolls away from it. */
 let following = true;
 /** Stops the answer that is being written. */
@@ -30,13 +32,14 @@ const scroller = byId("scroller");
 
 /** Send what was written, or a message that is ready. */
 async function send(ready = null) {
+  if (!ready) await picturesRead();
   const message = ready ?? draft();
   if (running || (!message.text && !message.pictures.length)) return;
   const fields = fieldsOrComplaint();
   if (!fields) return;
   if (edited && !ready) cutBefore(edited);
+  if (edited || !ready) setDraft(edited ? kept : EMPTY);
   stopEditing();
-  if (!ready) setDraft(EMPTY);
   addTurn({ role: "user", ...message });
   text.focus();
   await answer(fields);
@@ -75,10 +78,17 @@ function take(turn, event) {
   const [choice] = event.choices;
   turn.usage = event.usage ?? turn.usage;
   turn.finish = choice?.finish_reason ?? turn.finish;
+  turn.model = event.model ?? turn.model;
   const more = choice?.delta.content;
+  // Not every token makes a text of its own: some wait for others, and the last one may have none.
+  const made = event.usage?.completion_tokens ?? (turn.made ?? 0) + (more ? 1 : 0);
+  if (made > (turn.made ?? 0)) {
+    turn.last = performance.now();
+    turn.first ??= turn.last;
+    turn.madeAtFirst ??= made;
+    turn.made = made;
+  }
   if (!more) return;
-  turn.last = performance.now();
-  turn.first ??= turn.last;
   turn.text += more;
   turn.timer ??= setTimeout(() => draw(turn), DRAW_MS);
 }
@@ -174,13 +184,14 @@ function showEnd(turn) {
 function actions(turn) {
   const base = address("v1");
   const again = action("Try again", "Ask for another answer", () => answerAgain(turn));
-  again.classList.add("acts-on-chat");
+  again.classList.add("acts-on-chat", "again");
+  const request = { ...(turn.model ? { model: turn.model } : {}), ...turn.request };
   return el(
     "span",
     { class: "actions" },
     ...(turn.text ? [copyAction("Copy", "Copy the answer", () => turn.text.trim())] : []),
-    copyAction("curl", "Copy this request as a curl command", () => asCurl(`${base}/chat/completions`, turn.request, turn.needsKey)),
-    copyAction("Python", "Copy this request as a Python program", () => asPython(base, turn.request, turn.needsKey)),
+    copyAction("curl", "Copy this request as a curl command", () => asCurl(`${base}/chat/completions`, request, turn.needsKey)),
+    copyAction("Python", "Copy this request as a Python program", () => asPython(base, request, turn.needsKey)),
     again,
   );
 }
@@ -209,7 +220,9 @@ function statistics(turn) {
     shown.push(`${prompt} prompt tokens${cached ? ` (${cached} cached)` : ""}`, `${made} answer tokens`);
   }
   if (turn.first) shown.push(`first after ${seconds(turn.first - turn.started)}`);
-  if (made > 1 && turn.last > turn.first) shown.push(`${Math.round(((made - 1) / (turn.last - turn.first)) * 1000)} tokens/s`);
+  if (turn.made > turn.madeAtFirst) {
+    shown.push(`${Math.round(((turn.made - turn.madeAtFirst) / (turn.last - turn.first)) * 1000)} tokens/s`);
+  }
   if (turn.finish === "stopped") shown.push("stopped");
   if (turn.finish === "length") shown.push("cut off: no more tokens were allowed");
   return el("span", { class: "statistics" }, ...shown.map((one) => el("span", {}, one)));
@@ -238,6 +251,7 @@ function cutBefore(turn) {
 }
 
 function startEditing(turn) {
+  if (!edited) kept = draft();
   stopEditing();
   edited = turn;
   turn.node.classList.add("edited");
@@ -265,13 +279,14 @@ function fieldsOrComplaint() {
 
 function cancelEditing() {
   stopEditing();
-  setDraft(EMPTY);
+  setDraft(kept);
   text.focus();
 }
 
 async function answerAgain(turn) {
   const fields = fieldsOrComplaint();
   if (!fields) return;
+  if (edited) setDraft(kept);
   stopEditing();
   cutBefore(turn);
   text.focus();
@@ -323,19 +338,28 @@ async function loadSamples() {
 function sampleButton({ file, question }) {
   const source = address(`playground/samples/${file}`);
   const ask = async () => {
-    const blob = await (await fetch(source)).blob();
-    const picture = await readPicture(new File([blob], file, { type: blob.type }));
+    let picture;
+    try {
+      const response = await fetch(source);
+      if (!response.ok) throw new Error(`status ${response.status}`);
+      const blob = await response.blob();
+      picture = await readPicture(new File([blob], file, { type: blob.type }));
+    } catch (error) {
+      complain(`The sample cannot be loaded: ${error.message}`);
+      return;
+    }
     await send({ text: question, pictures: [picture] });
   };
   return el("button", { type: "button", click: ask }, el("img", { src: source, alt: "" }), el("span", {}, question));
 }
 
 function onKey(event) {
+  if (event.isComposing || event.keyCode === 229) return; // an input method's own keys; 229 as Safari tells them
   if (event.key === "Escape" && !event.defaultPrevented) {
     if (running) stop();
     else if (edited) cancelEditing();
   }
-  if (event.key !== "Enter" || event.target !== text || event.isComposing) return;
+  if (event.key !== "Enter" || event.target !== text) return;
   // On a phone Enter is the only way to begin a line.
   const plain = !event.shiftKey && !event.altKey && matchMedia("(pointer: fine)").matches;
   if (!event.ctrlKey && !event.metaKey && !plain) return;

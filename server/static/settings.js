@@ -23,26 +23,40 @@ export function chosenFields() {
   return fields;
 }
 
+const panel = byId("settings");
+/** Where the panel covers the page. */
+const narrow = matchMedia("(max-width: 800px)");
+
 /** Show or hide the panel; the focus goes along. */
 export function connectSettings() {
-  const panel = byId("settings");
   const toggle = byId("settings-toggle");
   const close = () => {
     show(false);
     toggle.focus();
   };
-  toggle.addEventListener("click", () => show(panel.hidden));
+  toggle.addEventListener("click", () => {
+    show(panel.hidden);
+    if (!panel.hidden) byId("settings-close").focus();
+  });
   byId("settings-close").addEventListener("click", close);
-  panel.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || event.defaultPrevented) return;
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || event.isComposing || event.defaultPrevented || panel.hidden) return;
+    if (!narrow.matches && !panel.contains(event.target)) return;
     event.preventDefault();
     close();
   });
+  narrow.addEventListener("change", cover);
 }
 
 export function show(visible) {
-  byId("settings").hidden = !visible;
+  panel.hidden = !visible;
   byId("settings-toggle").setAttribute("aria-expanded", visible);
+  cover();
+}
+
+/** What lies below the panel cannot be reached. */
+function cover() {
+  for (const part of document.querySelectorAll("header, main")) part.inert = !panel.hidden && narrow.matches;
 }
 
 function numberOf(input) {

@@ -1,5 +1,6 @@
 """Debian's Chromium without a screen."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 from playwright.sync_api import Browser, sync_playwright
 
 PATH = shutil.which("chromium")
+IS_SKIPPED = PATH is None and not os.environ.get("REQUIRE_BROWSER")
+"""Whether tests do without it. With that variable they fail."""
 # It runs as root in containers, whose sandbox it cannot use, and asks nobody outside for anything.
 _FLAGS = [
     "--no-sandbox",

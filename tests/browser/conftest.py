@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser
 
-from tests.browser.chromium import PATH, chromium
+from tests.browser.chromium import IS_SKIPPED, chromium
 from tests.server.conftest import launch
 
 __all__ = ["launch"]
@@ -13,7 +13,7 @@ __all__ = ["launch"]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if PATH is None:
+    if IS_SKIPPED:
         pytest.skip("Chromium is not installed")
     with chromium() as started:
         yield started

@@ -16,10 +16,10 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from engine.args import DEMO_MODEL
-from tests.browser.chromium import PATH
+from tests.browser.chromium import IS_SKIPPED
 from tests.server.launch import Launch, Server
 
-pytestmark = pytest.mark.skipif(PATH is None, reason="Chromium is not installed")
+pytestmark = pytest.mark.skipif(IS_SKIPPED, reason="Chromium is not installed")
 
 SAMPLES = Path(__file__).parents[2] / "demo" / "samples"
 SHAPES = SAMPLES / "shapes.png"
@@ -305,6 +305,61 @@ def test_a_reply_is_text_and_never_runs(page: Page) -> None:
     expect(markdown).to_contain_text("[bad](javascript:window.pwned=true) [data](data:text/html,x)")
 
 
+def test_no_reply_holds_the_page_up(page: Page) -> None:
+    """Lines that a reader with overlapping parts would go over again and again."""
+    long = 8000
+    lines = [
+        f"# a{' ' * long}b", f"# {'#' * long} b", f"```{' ' * long}`", f"{'~' * long}`", f"```{'a' * long}`",
+        f"| a |\n{' ' * long}x", f"| a |\n|{'-' * long}x", f"| a |\n{'-|' * long}x", "* " * long, f"-{' ' * long}x",
+    ]  # fmt: skip
+    script = """async (lines) => {
+        const { renderMarkdown } = await import(new URL("playground/markdown.js", document.baseURI));
+        const began = performance.now();
+        lines.forEach(renderMarkdown);
+        return performance.now() - began;
+    }"""
+    assert page.evaluate(script, lines) < 2000  # 20 s and more where parts overlap
+
+
+def test_tokens_per_second_counts_tokens_without_text(page: Page) -> None:
+    """Half a second passes at each look at the clock: two tokens after the first one, a second."""
+    page.evaluate("() => { let now = 0; performance.now = () => (now += 500); }")
+    usage = [{"prompt_tokens": 5, "completion_tokens": count, "total_tokens": 5 + count} for count in (0, 1, 2, 3)]
+    deltas = [{"role": "assistant", "content": ""}, {"content": "It "}, {"content": "is"}, {}]
+    chunks = [
+        {"choices": [{"index": 0, "delta": delta}], "usage": used} for delta, used in zip(deltas, usage, strict=True)
+    ]
+    stand_in(page, "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n")
+    expect(ask(page, "Hello").locator(".statistics")).to_contain_text("2 tokens/s")
+
+
+def test_a_picture_that_is_still_being_read_is_sent(page: Page) -> None:
+    page.evaluate("""() => {
+        const read = FileReader.prototype.readAsDataURL;
+        FileReader.prototype.readAsDataURL = function (file) { setTimeout(() => read.call(this, file), 400); };
+    }""")
+    page.get_by_label("Pictures", exact=True).set_input_files([SHAPES])
+    message(page).fill("What color is the star?")
+    message(page).press("Enter")
+    expect(answer(page)).to_contain_text("pink")
+    expect(page.locator(".question img")).to_have_count(1)
+    expect(page.locator("#pictures img")).to_have_count(0)
+
+
+def test_what_was_being_written_comes_back(page: Page) -> None:
+    ask(page, "Hello")
+    message(page).fill("my draft")
+    page.get_by_role("button", name="Edit").click()
+    expect(message(page)).to_have_value("Hello")
+    page.get_by_role("button", name="Cancel").click()
+    expect(message(page)).to_have_value("my draft")
+    page.get_by_role("button", name="Edit").click()
+    expect(ask(page, "Who are you?")).to_contain_text("demo model")
+    expect(message(page)).to_have_value("my draft")
+    ask(page, "Hello")
+    expect(page.get_by_role("button", name="Try again")).to_have_count(1)  # that of the last answer
+
+
 def test_a_stream_that_breaks_off_keeps_its_text(page: Page) -> None:
     event = 'data: {"choices": [{"index": 0, "delta": {"content": "Half an"}}]}\n\n'
     error = 'data: {"error": {"message": "the engine failed"}}\n\n'
@@ -387,6 +442,13 @@ def test_a_phone_scrolls_in_one_direction(open_page: Open) -> None:
     assert no_sideways_scroll(page)
     page.get_by_role("button", name="Settings", exact=True).click()
     assert no_sideways_scroll(page)
+    expect(page.get_by_role("button", name="Close the settings")).to_be_focused()
+    for _ in range(12):  # what lies below the panel is not reached
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.closest('main, header')") is None
+    page.keyboard.press("Escape")
+    expect(page.locator("#settings")).to_be_hidden()
+    expect(page.get_by_role("button", name="Settings", exact=True)).to_be_focused()
     dashboard = open_page("/dashboard", viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     expect(dashboard.get_by_role("status")).to_have_text("Live")
     assert no_sideways_scroll(dashboard)

@@ -13,6 +13,7 @@ import pytest
 
 from engine.log import JsonFormatter
 from tests.conftest import MakeCheckpoint
+from tests.server import raw
 from tests.server.launch import Launch, Server, data_url, image_part, text_part, user
 
 KEY = "key-of-the-server"
@@ -119,19 +120,46 @@ def test_keys_of_a_client_s_own_are_not_written(text_server: Server, key: str) -
     assert max(map(len, lines.splitlines())) < 500
 
 
+def test_what_is_no_http_has_a_name_too(text_server: Server) -> None:
+    name = raw.exchange(text_server, b"GARBAGE\r\n\r\n").headers["x-request-id"]
+    assert re.fullmatch("req_[0-9a-f]{32}", name)
+    wait_for(text_server, f"refused before it was read: 400, {name}")
+
+
 def test_a_client_that_a_proxy_tells_of(json_server: Server) -> None:
     with json_server.client() as client:
         client.get(
-            "/health", headers={"X-Request-Id": "proxied", "X-Forwarded-For": '203.0.113.9"\x80,'.encode("latin-1")}
+            "/version", headers={"X-Request-Id": "proxied", "X-Forwarded-For": '203.0.113.9"\x80,'.encode("latin-1")}
         )
     assert of_request(json_server, "proxied")["client"].isascii()
 
 
+def test_probes_that_go_well_are_for_debugging(json_server: Server) -> None:
+    with json_server.client() as client:
+        for path in ("/health", "/metrics"):
+            for method, status, level in (("GET", 200, "DEBUG"), ("POST", 405, "INFO")):
+                name = f"{method}-{path[1:]}"
+                assert client.request(method, path, headers={"X-Request-Id": name}).status_code == status
+                assert of_request(json_server, name)["level"] == level
+
+
+def test_a_stream_whose_reader_leaves(json_server: Server) -> None:
+    body = {"prompt": "Hello", "max_tokens": 500, "ignore_eos": True, "stream": True}
+    with (
+        json_server.client() as client,
+        client.stream(
+            "POST", "/v1/completions", json=body, headers={"X-Request-Id": "leaver", "Authorization": f"Bearer {KEY}"}
+        ) as response,
+    ):
+        next(response.iter_lines())
+    assert of_request(json_server, "leaver")["status"] == 499
+
+
 def test_requests_can_be_left_out(launch: Launch, checkpoint: MakeCheckpoint) -> None:
     server = launch(checkpoint(), "--log-format", "json", "--disable-log-requests")
-    assert server.get("/health").status_code == 200
+    assert server.get("/version").status_code == 200
     server.stop()
-    assert "/health" not in server.stderr
+    assert "/version" not in server.stderr
     assert parsed(server.stderr)[-1]["logger"].startswith("uvicorn")
 
 

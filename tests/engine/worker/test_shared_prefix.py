@@ -53,6 +53,25 @@ def test_a_system_prompt_before_two_pictures() -> None:
     assert np.flatnonzero(found.members).tolist() == [i for i in range(30) if i % 3 > 0 and i != 4]
 
 
+def test_an_outlier_hinders_nobody() -> None:
+    """One is short, one leaves the others early: these share what most share all the same."""
+    blocks = np.tile(np.arange(44, dtype=np.int32), (30, 1))
+    blocks[:, 39:] += 100 * np.arange(1, 31, dtype=np.int32)[:, None]
+    blocks[7, 8:] += 5000
+    lengths = np.full(30, 700)
+    lengths[4] = 130
+    found = find_shared_prefix(blocks, lengths, BLOCK)
+    assert found is not None and found.num_tokens == 39 * BLOCK
+    assert np.flatnonzero(~found.members).tolist() == [4, 7]
+
+
+def test_a_short_beginning_of_many_beats_a_long_one_of_few() -> None:
+    blocks = np.tile(np.arange(44, dtype=np.int32), (100, 1))
+    blocks[10:, 20:] += 100 * np.arange(1, 91, dtype=np.int32)[:, None]
+    found = find_shared_prefix(blocks, np.full(100, 700), BLOCK)
+    assert found is not None and found.num_tokens == 20 * BLOCK and found.members.all()
+
+
 def test_who_shares_comes_first() -> None:
     batch = InputBatch(16, 320, BLOCK, torch.device("cpu"), long_start=None, finds_shared=True)
     names = [f"r{i}" for i in range(12)]
