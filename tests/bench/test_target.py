@@ -45,6 +45,9 @@ async def test_no_model(body: str) -> None:
     app = web.Application()
     app.router.add_get("/v1/models", models)
     async with TestServer(app) as server:
-        with pytest.raises(RuntimeError, match="does not name a model .*: give --model"):
+        with pytest.raises(
+            RuntimeError,
+            match="does not name a model .*: start a server, name another with --base-url, or give --model",
+        ):
             async with connect(str(server.make_url("/"))):
                 raise AssertionError("it connected")
