@@ -61,6 +61,19 @@ def test_mixed_batch_equals_hugging_face(
     assert preempted == (limits == "few blocks")
 
 
+def test_overlapped_steps_change_no_token(checkpoint: MakeCheckpoint, photos: list[Image.Image]) -> None:
+    """Two steps on their way at a time, and one."""
+    folder, given = checkpoint(SPECS["gqa"]), prompts(photos, sees=True)
+    llm = LLM(str(folder), dtype="float32", device="cuda", enable_prefix_caching=False, **ROOMY)
+    params = [SamplingParams(temperature=number % 2, seed=number, max_tokens=20) for number in range(len(given))]
+    found = []
+    for depth in (2, 1, 2):
+        llm._core._depth = depth
+        outputs = llm.generate(given, params, use_tqdm=False)
+        found.append([output.outputs[0].token_ids for output in outputs])
+    assert found[0] == found[1] == found[2]
+
+
 def test_sampling_is_the_same_in_any_batch(checkpoint: MakeCheckpoint) -> None:
     llm = LLM(str(checkpoint(SPECS["gqa"])), dtype="float32", device="cuda", **ROOMY)
     params = [
