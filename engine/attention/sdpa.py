@@ -1,14 +1,20 @@
-"""Paged attention with torch's scaled_dot_product_attention: for the CPU, and the reference for kernels."""
+"""Paged attention for the CPU, and the reference for kernels."""
 
 import torch
 from torch import Tensor
 
 from engine.attention import AttentionMetadata
+from engine.kernels.cpu_features import runs_compiled
 from engine.kernels.torch_ops import attend, rotate
+
+if runs_compiled():
+    from engine.attention import cpu_decode
 
 
 class SDPAttention:
-    """Gathers each sequence's keys and values, then attends, one request after the other."""
+    """Requests with one token read the cache where it lies, all together; of each other one keys and values are
+    gathered for torch's scaled_dot_product_attention, one request after the other.
+    """
 
     def forward(
         self,
@@ -34,8 +40,13 @@ class SDPAttention:
             query.mul_(kv_scales[0])
         _write(key, value, cache, metadata)
         output = torch.empty_like(query)
+        decodes = _decodes(metadata) if runs_compiled() and cpu_decode.works_on(cache) else []
+        if decodes:
+            _decode(query, output, cache, metadata, decodes, scale=scale, window=sliding_window)
         for i, seq_len in enumerate(metadata.seq_lens):
             start, end = metadata.query_start[i], metadata.query_start[i + 1]
+            if decodes and end - start == 1:
+                continue
             first = 0 if sliding_window is None else max(0, seq_len - (end - start) - sliding_window + 1)
             first_block = first // block_size
             blocks = metadata.block_table[metadata.rows[i], first_block : -(-seq_len // block_size)]
@@ -46,6 +57,30 @@ class SDPAttention:
                 query[start:end], keys, values, first=first, seq_len=seq_len, scale=scale, window=sliding_window
             )
         return output if kv_scales is None else output.mul_(kv_scales[1])
+
+
+def _decodes(metadata: AttentionMetadata) -> list[int]:
+    """The requests with one token."""
+    return [i for i, start in enumerate(metadata.query_start[:-1]) if metadata.query_start[i + 1] == start + 1]
+
+
+def _decode(
+    query: Tensor,
+    output: Tensor,
+    cache: Tensor,
+    metadata: AttentionMetadata,
+    decodes: list[int],
+    *,
+    scale: float,
+    window: int | None,
+) -> None:
+    places = torch.tensor([metadata.query_start[i] for i in decodes])
+    rows = torch.tensor([metadata.rows[i] for i in decodes])
+    ends = torch.tensor([metadata.seq_lens[i] for i in decodes])
+    firsts = torch.zeros_like(ends) if window is None else (ends - window).clamp(min=0)
+    output[places] = cpu_decode.decode_attention(
+        query[places], cache, metadata.block_table, rows, firsts, ends, scale=scale
+    )
 
 
 def _to_fp8(x: Tensor, scales: Tensor) -> Tensor:

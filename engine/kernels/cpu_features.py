@@ -1,9 +1,20 @@
 """What this processor can do."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+
+
+@cache
+def runs_compiled() -> bool:
+    """Whether numba is there, and its loops can run on torch's threads."""
+    if not find_spec("numba"):
+        return False
+    from engine.kernels.cpu_tasks import is_usable
+
+    return is_usable()
 
 
 @lru_cache(maxsize=8)

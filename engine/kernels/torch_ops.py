@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.cpu_features import multiplies_in
+from engine.kernels.cpu_features import multiplies_in, runs_compiled
 
 _WIDENING_PAYS = 16
 """Rows from which a product in float32 makes up for widening the weight, on a CPU without instructions for its type."""
+_MOST_THIN = 32
+"""Rows up to which the compiled product is faster than torch's."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -36,6 +38,12 @@ def quick_gelu(x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `engine.kernels.linear`."""
     rows = x.numel() // x.shape[-1]
+    if rows <= _MOST_THIN and x.device.type == "cpu" and runs_compiled():
+        from engine.kernels.cpu_linear import thin_linear, works_on  # numba takes time to import: not beside a GPU
+
+        if works_on(weight):
+            product = thin_linear(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+            return product if bias is None else product.add_(bias)
     if rows < _WIDENING_PAYS or x.device.type != "cpu" or multiplies_in(x.dtype):
         return F.linear(x, weight, bias)
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)

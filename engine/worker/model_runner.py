@@ -19,6 +19,7 @@ from engine.models.loader import load_model
 from engine.models.rotary import long_context_start
 from engine.step import SchedulerOutput
 from engine.summary import summary
+from engine.worker.cpu_threads import use_cores
 from engine.worker.decode_graphs import DecodeGraphs, decode_sizes
 from engine.worker.grammar_masks import GrammarMasks
 from engine.worker.input_batch import InputBatch, StepLayout
@@ -53,6 +54,8 @@ class ModelRunner:
         if is_fp8:
             check_fp8(self.device)
         self._budget = GpuBudget(config.gpu_memory_utilization) if self.device.type == "cuda" else None
+        if self._budget is None:
+            use_cores()
         started = time.monotonic()
         self.model = load_model(config)
         logger.info("loaded %s in %.1f s", config.model_name, time.monotonic() - started)
@@ -79,6 +82,8 @@ class ModelRunner:
         self._steps: StepGraphs | None = None
         if is_fp8:
             self.model.set_kv_scales(find_kv_scales(self.model, config, self._batch))
+        if self._budget is None:
+            self._warm_up()
         self.num_blocks = self._count_blocks()
         # One block more than the scheduler knows of: what pads a batch is written there.
         self._caches = make_caches(config, self.num_blocks + 1, config.kv_cache_dtype)
@@ -261,6 +266,13 @@ class ModelRunner:
         kind = str(config.kv_cache_dtype).removeprefix("torch.")
         logger.info("KV cache: %d tokens in %d blocks of %s, %.2f GiB", tokens, num_blocks, kind, size)
         return num_blocks
+
+    def _warm_up(self) -> None:
+        """Compile what steps on a CPU need, lest the first request wait for it."""
+        started = time.monotonic()
+        with torch.inference_mode():
+            self._profile_step(1)
+        logger.info("compiled kernels in %.1f s", time.monotonic() - started)
 
     def _free_gpu_bytes(self, budget: GpuBudget) -> int:
         """Memory that remains of the budget when the largest step runs."""

@@ -82,5 +82,6 @@ def test_the_same_in_every_schedule(kind: str, checkpoint: MakeCheckpoint, promp
         found = answers(llm, prompts)
         assert tokens(found) == tokens(expected), name
         for one, other in zip(found, expected, strict=True):
-            assert logprobs(one) == pytest.approx(logprobs(other), abs=1e-3), name
+            # A key between two numbers of 8 bits may be rounded either way by the order of a sum.
+            assert logprobs(one) == pytest.approx(logprobs(other), abs=1e-2), name
         assert (llm._core.scheduler.num_preemptions > 0) == (name == "few blocks")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.attention import AttentionMetadata, attention_backend
+from engine.attention import AttentionMetadata, attention_backend, sdpa
 from engine.attention.sdpa import SDPAttention
 
 HEAD_DIM = 8
@@ -113,6 +113,15 @@ class Case:
         return torch.stack([torch.as_tensor(row) for row in rows]).view(-1, self.queries[0].shape[1], HEAD_DIM)
 
 
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def without_numba(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything again as it is where numba is not installed."""
+    if request.param == "torch":
+        monkeypatch.setattr(sdpa, "runs_compiled", lambda: False)
+    else:
+        assert sdpa.runs_compiled()
+
+
 def assert_equal(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
 
@@ -160,7 +169,7 @@ def test_alone_as_in_a_batch() -> None:
         )
         newest = (case.queries[i], case.keys[i][length - count :], case.values[i][length - count :])
         found = attend(torch.cat(newest, dim=1), case.cache, single)
-        assert torch.equal(found, together[start : start + count])
+        torch.testing.assert_close(found, together[start : start + count], atol=1e-6, rtol=1e-6)
 
 
 def test_only_the_slots_of_the_step_are_written() -> None:

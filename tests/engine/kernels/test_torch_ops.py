@@ -1,4 +1,6 @@
-"""On a CPU without instructions for half precision, larger products and attention are made in float32."""
+"""On a CPU small products are compiled; without instructions for half precision, larger ones and attention are made in
+float32.
+"""
 
 import pytest
 import torch
@@ -15,10 +17,17 @@ def has_instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     return bool(request.param)
 
 
+@pytest.fixture(params=[False, True])
+def has_numba(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.param:
+        monkeypatch.setattr(torch_ops, "runs_compiled", lambda: False)
+    assert torch_ops.runs_compiled() == request.param
+
+
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 48), (15, 48), (16, 48), (3, 20, 48)])
-@pytest.mark.usefixtures("has_instructions")
+@pytest.mark.parametrize("shape", [(1, 48), (15, 48), (16, 48), (3, 5, 48), (33, 48), (3, 20, 48)])
+@pytest.mark.usefixtures("has_instructions", "has_numba")
 def test_linear(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(shape, generator=generator).to(dtype), torch.randn(32, 48, generator=generator).to(dtype)
