@@ -113,7 +113,10 @@ class LLM:
     def close(self) -> None:
         """Free the model's memory; the object cannot be used any more."""
         self._closed = True
-        self.__dict__.pop("_core", None)
+        core = self.__dict__.pop("_core", None)
+        if core is not None:
+            core.close()
+        del core
         gc.collect()  # captured functions and their owner hold each other
         if self.config.device.type == "cuda":
             torch.cuda.empty_cache()

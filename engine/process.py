@@ -101,6 +101,7 @@ def run_engine(
     sender.start()
     try:
         _loop(core, received, to_send, watch)
+        core.close()
     finally:
         to_send.put(None)
         sender.join()

@@ -42,6 +42,8 @@ class SchedulerOutput:
     """Ended, aborted or preempted since the last step: their slots are free."""
     new_requests: list[NewRequest] = field(default_factory=list)
     requests: list[ScheduledRequest] = field(default_factory=list)
+    owners: list[object] = field(default_factory=list)
+    """The scheduler's own record of each of these: a name may belong to another request once a step is over."""
     freed_images: list[bytes] = field(default_factory=list)
     """Hashes whose features leave the encoder cache."""
     encode_images: list[ImageInput] = field(default_factory=list)

@@ -1,5 +1,6 @@
 """The engine's inner loop: schedule, execute, update."""
 
+import contextlib
 import logging
 from collections import deque
 
@@ -108,6 +109,11 @@ class EngineCore:
         stats.encoder_seconds, stats.encoder_images = self._encoder_seconds, self._encoder_images
         return stats
 
+    def close(self) -> None:
+        """No step follows."""
+        if self._profiler is not None:
+            self._profiler.close()
+
     def check_integrity(self) -> None:
         """Raise `AssertionError` unless scheduler and caches are consistent."""
         self.scheduler.check_integrity()
@@ -124,12 +130,22 @@ class EngineCore:
         return outputs
 
     def _recover(self, scheduled: SchedulerOutput, error: Exception) -> list[EngineOutput]:
-        """End the requests of the steps that are on their way, so that the others can go on."""
+        """End the requests of steps that broke, so that the others can go on."""
         logger.exception("a step failed; its requests end with an error")
-        steps = [step for step, _ in self._launched]
-        if scheduled.requests and not any(step is scheduled for step in steps):
-            steps.append(scheduled)
+        outputs: list[EngineOutput] = []
+        broken = [] if not scheduled.requests or self._is_launched(scheduled) else [scheduled]
+        if broken:
+            # What was launched before may be whole, and bring answers their ends.
+            with contextlib.suppress(Exception):
+                while self._launched:
+                    outputs += self._take_in(force=True)
+        broken += [step for step, _ in self._launched]
         self._launched.clear()
         self.runner.recover()
         message = "the GPU ran out of memory" if "out of memory" in str(error) else "the engine failed in this step"
-        return self.scheduler.fail(steps, message)
+        ended = {output.request_id for output in outputs if output.finish_reason is not None}
+        failed = self.scheduler.fail(broken, message)
+        return outputs + [output for output in failed if output.request_id not in ended]
+
+    def _is_launched(self, scheduled: SchedulerOutput) -> bool:
+        return any(step is scheduled for step, _ in self._launched)

@@ -44,12 +44,23 @@ class StepProfiler:
             if self._done == self._first:
                 self._profiler.start()
             if self._done == self._last:
-                self._profiler.stop()
                 self._write()
         except (OSError, RuntimeError):  # no reason to fail a request
             logger.exception("no trace could be made")
 
+    def close(self) -> None:
+        """Write what there is, if the last step has not come."""
+        if self._done < self._first:
+            logger.warning("no trace was made: it begins with step %d, and there were %d", self._first, self._done)
+        elif self._done < self._last:
+            self._last = self._done
+            try:
+                self._write()
+            except (OSError, RuntimeError):
+                logger.exception("no trace could be made")
+
     def _write(self) -> None:
+        self._profiler.stop()
         file = self._folder / f"steps-{time.strftime('%Y%m%d-%H%M%S')}.json.gz"
         self._profiler.export_chrome_trace(str(file))
         logger.info("wrote a trace of %d steps to %s", self._last - self._first, file)

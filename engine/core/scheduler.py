@@ -102,10 +102,10 @@ class Scheduler:
     def update(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineOutput]:
         """Take in what a step brought; returns what is new for each request that still lives."""
         outputs = []
-        for part in step.requests:
-            request = self._requests.get(part.request_id)
-            if request is None:
-                continue
+        for part, request in zip(step.requests, step.owners, strict=True):
+            assert isinstance(request, Request)
+            if self._requests.get(request.id) is not request:
+                continue  # it has ended; its name may be another one's by now
             if request.id in result.failed:
                 self._end(request)
                 error = result.failed[request.id]
@@ -248,6 +248,7 @@ class Scheduler:
         step.requests.append(
             ScheduledRequest(request.id, start, count, samples, blocks, num_output_tokens=request.num_output_tokens)
         )
+        step.owners.append(request)
         request.num_computed_tokens += count
         request.num_in_flight += samples
         self.kv_cache.register(request)

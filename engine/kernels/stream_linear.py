@@ -31,6 +31,8 @@ _WARPS = 4
 _LONG_INPUT = 8192
 _FEW_TILES = 66
 """Half of an H100's multiprocessors: with no more, and much to read for each, two programs share a tile."""
+_CUTS = ((16, 128, 8), (32, 128, 8), (64, 128, 6), (MOST_ROWS, 64, 8))
+"""Rows of a program, inputs read at once, reads under way."""
 _MOST_SUMS = _FEW_TILES * 2 * _OUTPUTS * MOST_ROWS
 
 
@@ -45,9 +47,7 @@ class StreamPlan(NamedTuple):
 
 def plan(rows: int, size_in: int, size_out: int) -> StreamPlan | None:
     """What was found fastest on an H100 among the layers of a 7B model; None where the kernel cannot do the product."""
-    width, inputs, stages = next(
-        cut for cut in ((16, 128, 8), (32, 128, 8), (64, 128, 6), (MOST_ROWS, 64, 8)) if rows <= cut[0]
-    )
+    width, inputs, stages = next(cut for cut in _CUTS if rows <= cut[0])
     parts = 2 if size_in >= _LONG_INPUT and triton.cdiv(size_out, _OUTPUTS) <= _FEW_TILES else 1
     is_whole = size_in % inputs == 0 and size_in // inputs // parts >= stages
     return StreamPlan(width, inputs, stages, parts) if is_whole else None
@@ -138,17 +138,24 @@ if gluon is not None:
 
 
 @lru_cache(maxsize=8)
-def works_on(device: torch.device) -> bool:
-    """Whether the kernel is there for this GPU; tried out, since it stands on what may change."""
+def works_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel is there for this GPU; tried out in every form, since it stands on what may change."""
     if gluon is None or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     try:
-        x, weight = (torch.ones(n, 1024, dtype=torch.bfloat16, device=device) for n in (2, _OUTPUTS))
-        found = stream_linear(x, weight, StreamPlan(16, 128, 8, 1))
-        return bool((found == 1024).all())
+        return all(_is_right(StreamPlan(*cut, parts), device, dtype) for cut in _CUTS for parts in (1, 2))
     except Exception as error:  # whatever another release of Triton may say
         logger.warning("products of 2 to 128 rows take cuBLAS: %s", str(error).partition("\n")[0][:200])
         return False
+
+
+def _is_right(plan: StreamPlan, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whole numbers, whose sums are exact in any order, all rows but one, and outputs that fill no tile."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (plan.rows - 1, 2048), (_OUTPUTS + 8, 2048)
+    x, weight = (torch.randint(-2, 3, size, generator=generator).float() for size in sizes)
+    found = stream_linear(x.to(device, dtype), weight.to(device, dtype), plan)
+    return torch.equal(found.cpu(), (x @ weight.T).to(dtype))
 
 
 @lru_cache(maxsize=8)

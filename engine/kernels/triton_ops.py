@@ -166,7 +166,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.shape[0]
         if rows == 1:
             return row_linear(x, weight, RowPlan())
-        if rows <= stream_linear.MOST_ROWS and stream_linear.works_on(x.device):
+        if rows <= stream_linear.MOST_ROWS and stream_linear.works_on(x.device, x.dtype):
             plan = stream_linear.plan(rows, *weight.shape[::-1])
             if plan is not None:
                 return stream_linear.stream_linear(x, weight, plan)

@@ -30,6 +30,7 @@ from engine.worker.pending import Logprobs, PendingStep, SampledLogprobs
 from engine.worker.sampler import Sampler, gather_logprobs, profile_sampling
 from engine.worker.step_graphs import StepGraphs, step_sizes
 from engine.worker.timer import DeviceTimer
+from engine.worker.vision import GRAPH_SIZES as VISION_SIZES
 from engine.worker.vision import VisionEncoder
 
 logger = logging.getLogger(__name__)
@@ -251,6 +252,8 @@ class ModelRunner:
         bytes_each = block_bytes(config)
         available = free if config.kv_cache_memory_bytes is None else config.kv_cache_memory_bytes
         most = config.max_num_seqs * -(-config.max_model_len // config.block_size)
+        if config.kv_cache_memory_bytes is None:
+            available -= bytes_each  # of the block that pads
         num_blocks = min(available // bytes_each, most)
         if num_blocks < 1 and config.kv_cache_memory_bytes is not None:
             raise ModelLoadError(
@@ -297,7 +300,8 @@ class ModelRunner:
         """What CUDA graphs take beside their activations."""
         config, text = self._config, self._config.text_config
         decodes, steps = decode_sizes(self._most_in_graph), step_sizes(config.max_num_batched_tokens)
-        kept = (2 * len(decodes) + len(steps)) * text.num_hidden_layers * _GRAPH_BYTES_PER_LAYER
+        count = 2 * len(decodes) + len(steps) + len(VISION_SIZES) * (self._vision is not None)
+        kept = count * text.num_hidden_layers * _GRAPH_BYTES_PER_LAYER
         logits = decodes[-1] * config.vocab_size * torch.float32.itemsize
         return int(kept + logits + 2 * steps[-1] * text.hidden_size * config.dtype.itemsize)
 

@@ -15,7 +15,7 @@ from engine.worker.input_batch import InputBatch
 
 MAX_BATCH = 8
 """Images encoded at once."""
-_GRAPH_SIZES = [1, 2, 4, 8]
+GRAPH_SIZES = [1, 2, 4, 8]
 
 
 class VisionEncoder:
@@ -35,7 +35,7 @@ class VisionEncoder:
         if self._grey_levels is not None and hasattr(self._model, "vision_tower"):
             _, _, height, width = self._input_shape
             pixels = torch.zeros(MAX_BATCH, height, width, 3, dtype=torch.uint8, device=self._batch.device)
-            graphed = GraphedFunction(self._encode_pixels, pixels, _GRAPH_SIZES)
+            graphed = GraphedFunction(self._encode_pixels, pixels, GRAPH_SIZES)
             graphed.capture(pool, "the vision tower")
             self._graphed = graphed
 

@@ -17,6 +17,7 @@ from engine.core.engine_core import EngineCore
 from engine.input_processor import InputProcessor
 from engine.messages import EngineOutput
 from engine.sampling_params import SamplingParams
+from engine.step import SchedulerOutput
 from engine.worker.pending import PendingStep
 from tests.conftest import MakeCheckpoint
 from tests.random_checkpoint import CheckpointSpec
@@ -194,6 +195,33 @@ def test_a_step_that_fails(
     assert len(answers) == 10 and not errors
     bench.check(answers)
     assert "a step failed; its requests end with an error" in caplog.text
+
+
+def test_a_step_that_cannot_be_launched_leaves_the_one_before_it_whole(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer whose last token is on its way comes to its end."""
+    monkeypatch.setattr(bench.core, "_depth", 2)
+    short, long = sorted(range(10), key=lambda number: len(bench.exact[number]))[::9]
+    assert len(bench.exact[short]) < len(bench.exact[long])
+    names = [bench.add(short), bench.add(long)]
+    last = {names[0]: len(bench.prompts[short][0].token_ids) + len(bench.exact[short]) - 1}
+
+    def execute(step: SchedulerOutput) -> PendingStep:
+        if not last:  # the last token of the short answer was launched in the step before
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        pending = real(step)
+        for part in step.requests:
+            if part.samples and last.get(part.request_id) == part.start + part.num_tokens:
+                del last[part.request_id]
+        return pending
+
+    real = bench.core.runner.execute
+    monkeypatch.setattr(bench.core.runner, "execute", execute)
+    answers, errors = bench.run()
+    assert errors == {names[1]: "the GPU ran out of memory"}
+    bench.check(answers)
+    bench.check_empty()
 
 
 def test_steps_that_fail_again_and_again(

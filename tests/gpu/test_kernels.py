@@ -81,7 +81,7 @@ def test_fp8_rotation_and_cache(dtype: torch.dtype, kv_heads: int, head_dim: int
 def test_stream_linear(dtype: torch.dtype, rows: int, size_in: int, size_out: int) -> None:
     from engine.kernels.stream_linear import plan, stream_linear, works_on
 
-    if not works_on(torch.device(DEVICE)):
+    if not works_on(torch.device(DEVICE), dtype):
         pytest.skip("needs a Hopper GPU, and a Triton that the kernel knows")
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, size_in, generator=generator).to(dtype).to(DEVICE) for n in (rows, size_out))

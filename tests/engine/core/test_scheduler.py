@@ -694,6 +694,20 @@ def test_abort_in_every_state() -> None:
     assert list(engine.finished) == ["r1"]
 
 
+def test_a_name_that_is_used_again_while_its_step_is_on_its_way() -> None:
+    """The newer request does not get the older one's token."""
+    engine = Engine()
+    engine.add(make("r0", [1, 2, 3]))
+    engine.launch()
+    engine.abort("r0")
+    engine.add(make("r0", [4, 5], max_tokens=2))
+    engine.launch()
+    engine.take_in()
+    assert engine.outputs["r0"] == []
+    engine.run(depth=2)
+    assert list(engine.finished) == ["r0"]
+
+
 def test_failure_ends_the_steps_requests_only() -> None:
     engine = Engine(max_num_seqs=1)
     engine.add(make("r0", [1, 2, 3, 4, 5], b"a"))
