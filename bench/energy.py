@@ -5,7 +5,6 @@
 Times and joules of the two parts of a 7B model's layer that a step with a picture's prompt spends most of its time in.
 """
 
-import ctypes
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,36 +13,11 @@ import torch
 from torch.nn import functional
 
 from bench.kernels import HEADS, LINEARS, make_step, multiply_all, repeat
+from bench.power import EnergyMeter
 from engine.attention.triton_decode import DecodePlan, decode_attention, plan
 
 _WARM_UP, _SECONDS = 0.5, 1.5
 """The counter is renewed some ten times a second."""
-
-
-class EnergyMeter:
-    """NVML's counter of the first GPU."""
-
-    def __init__(self) -> None:
-        self._nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        self._device = ctypes.c_void_p()
-        self._check(self._nvml.nvmlInit_v2())
-        self._check(self._nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self._device)))
-
-    def joules(self) -> float:
-        """Since the driver was loaded."""
-        counted = ctypes.c_ulonglong()
-        self._check(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device, ctypes.byref(counted)))
-        return counted.value / 1000
-
-    def megahertz(self) -> int:
-        """Clock of the multiprocessors."""
-        clock = ctypes.c_uint()
-        self._check(self._nvml.nvmlDeviceGetClockInfo(self._device, 1, ctypes.byref(clock)))
-        return clock.value
-
-    def _check(self, status: int) -> None:
-        if status:
-            raise RuntimeError(f"NVML answered {status}")
 
 
 def measure(name: str, meter: EnergyMeter, run: Callable[[], object], calls: int) -> None:

@@ -1,6 +1,7 @@
 """Begins the engine process before there is anything for it to run, since importing its libraries takes seconds."""
 
 import multiprocessing
+import os
 import signal
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, NamedTuple
@@ -46,6 +47,9 @@ def _main(receiver: Connection, log_level: str, log_format: str) -> None:
     # A terminal sends Ctrl-C to both processes; the parent drains first and then says stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Threads that have done their part of a product sleep until the next one. Those that spin take the processor from
+    # the other process, and where it is shared with other machines from the very thread that they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from engine.process import run_engine
 
     try:

@@ -9,6 +9,7 @@ from engine.kernels.torch_ops import attend, rotate
 
 if runs_compiled():
     from engine.attention import cpu_decode
+    from engine.kernels import cpu_ops
 
 
 class SDPAttention:
@@ -30,17 +31,21 @@ class SDPAttention:
     ) -> Tensor:
         """See `AttentionBackend.forward`."""
         block_size, kv_heads = cache.shape[2:4]
-        query, key, value = qkv.split([qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
-        cos, sin = (table[metadata.rotary_rows].unsqueeze(1) for table in (cos, sin))
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        is_compiled = runs_compiled() and cache.dtype == qkv.dtype and cpu_decode.works_on(cache)
+        if is_compiled:
+            cpu_ops.rotate_and_store(
+                qkv, cos, sin, metadata.rotary_rows, cache, metadata.token_rows, metadata.positions,
+                metadata.block_table,
+            )  # fmt: skip
+            query = qkv[:, : qkv.shape[1] - 2 * kv_heads]
+        else:
+            query = _rotate_and_store(qkv, cos, sin, cache, metadata, kv_scales)
         if kv_scales is not None:
-            key, value = (_to_fp8(x, some) for x, some in zip((key, value), kv_scales, strict=True))
             # What is read stays divided: multiplying queries and results is the same, and far less to multiply.
             kv_scales = kv_scales.repeat_interleave(query.shape[1] // kv_heads, dim=1).unsqueeze(-1)
             query.mul_(kv_scales[0])
-        _write(key, value, cache, metadata)
         output = torch.empty_like(query)
-        decodes = _decodes(metadata) if runs_compiled() and cpu_decode.works_on(cache) else []
+        decodes = _decodes(metadata) if is_compiled else []
         if decodes:
             _decode(query, output, cache, metadata, decodes, scale=scale, window=sliding_window)
         for i, seq_len in enumerate(metadata.seq_lens):
@@ -57,6 +62,20 @@ class SDPAttention:
                 query[start:end], keys, values, first=first, seq_len=seq_len, scale=scale, window=sliding_window
             )
         return output if kv_scales is None else output.mul_(kv_scales[1])
+
+
+def _rotate_and_store(
+    qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, metadata: AttentionMetadata, kv_scales: Tensor | None
+) -> Tensor:
+    """Returns the rotated queries (T, heads, head_dim)."""
+    kv_heads = cache.shape[3]
+    query, key, value = qkv.split([qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    cos, sin = (table[metadata.rotary_rows].unsqueeze(1) for table in (cos, sin))
+    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    if kv_scales is not None:
+        key, value = (_to_fp8(x, some) for x, some in zip((key, value), kv_scales, strict=True))
+    _write(key, value, cache, metadata)
+    return query
 
 
 def _decodes(metadata: AttentionMetadata) -> list[int]:

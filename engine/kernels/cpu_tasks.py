@@ -17,6 +17,9 @@ from numba.extending import intrinsic
 
 Task = Callable[..., None]
 
+_WORTH_ALL_THREADS = 1 << 16
+"""Numbers to be computed."""
+
 STORED_AS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16}
 """What a compiled loop takes for the numbers of a torch type; `wide` reads them."""
 
@@ -64,11 +67,33 @@ def wide(context: Any, number: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _from_bits(context: Any, bits: Any) -> Any:
-    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
+def narrow(context: Any, number: Any, stored: Any) -> Any:
+    """A float32 as a number of this type is stored: the nearest, of two that are as near the even one."""
+    kind = stored.dtype
 
-    return types.float32(types.int32), generate
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        if kind == types.float32:
+            return arguments[0]
+        if kind == types.int16:
+            return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+        word = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], word)
+        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+        rounded = builder.add(bits, builder.add(odd, word(0x7FFF)))
+        return builder.trunc(builder.lshr(rounded, word(16)), ir.IntType(16))
+
+    return kind(types.float32, stored), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def float_of(context: Any, bits: Any) -> Any:
+    """The float32 whose bits a whole number has."""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        bits_32 = arguments[0] if bits == types.int32 else builder.trunc(arguments[0], ir.IntType(32))
+        return builder.bitcast(bits_32, ir.FloatType())
+
+    return types.float32(bits), generate
 
 
 @njit(fastmath=True)  # type: ignore[untyped-decorator]
@@ -80,7 +105,7 @@ def exp(x: Any) -> Any:
     rest = np.float32(0.00133335581) + f * np.float32(0.000154035304)
     rest = np.float32(0.0555041087) + f * (np.float32(0.00961812911) + f * rest)
     rest = np.float32(1) + f * (np.float32(0.693147181) + f * (np.float32(0.240226507) + f * rest))
-    return rest * _from_bits((np.int32(whole) + np.int32(127)) << np.int32(23))
+    return rest * float_of((np.int32(whole) + np.int32(127)) << np.int32(23))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -100,7 +125,8 @@ def array_at(address: int, shape: Any, dtype: Any) -> Any:
 
 
 def compile_task(task: Callable[[Any], None]) -> Task:
-    """A function of integers that runs `task`, which gets an array of them, on every thread at once.
+    """A function of integers that runs `task`, which gets an array of them, on all threads at once; on the caller's
+    alone where the work is that of so few numbers that waiting for the others would take longer.
 
     What was compiled is kept for the next start where there is a folder for it.
     """
@@ -112,9 +138,14 @@ def compile_task(task: Callable[[Any], None]) -> Task:
     except (OSError, RuntimeError):  # of a folder that cannot be written to
         compiled = cfunc(signature)(task)
 
-    def run(*arguments: int) -> None:
+    alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+
+    def run(*arguments: int, numbers: int = _WORTH_ALL_THREADS) -> None:
         array = (ctypes.c_int64 * len(arguments))(*arguments)
-        library.GOMP_parallel(compiled.address, array, torch.get_num_threads(), 0)
+        if numbers < _WORTH_ALL_THREADS:  # a team of another size would end the threads of the last one
+            alone(array)
+        else:
+            library.GOMP_parallel(compiled.address, array, torch.get_num_threads(), 0)
 
     return run
 

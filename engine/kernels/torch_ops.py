@@ -9,7 +9,7 @@ from engine.kernels.cpu_features import multiplies_in, runs_compiled
 _WIDENING_PAYS = 16
 """Rows from which a product in float32 makes up for widening the weight, on a CPU without instructions for its type."""
 _MOST_THIN = 32
-"""Rows up to which the compiled product is faster than torch's."""
+"""Rows up to which what is compiled is faster than torch's operations."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -21,6 +21,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `engine.kernels.add_rms_norm`."""
+    if len(x) <= _MOST_THIN and x.device.type == "cpu" and x.dtype.itemsize <= 4 and runs_compiled():
+        from engine.kernels.cpu_ops import add_rms_norm  # numba takes time to import: not beside a GPU
+
+        return add_rms_norm(x, residual, weight, eps)
     return rms_norm(residual.add_(x), weight, eps)
 
 

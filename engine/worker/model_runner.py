@@ -47,7 +47,7 @@ class ModelRunner:
     """Owns the model, its cache, the running requests' slots and the encoded images."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._config = config
+        self.config = config
         self.device = config.device
         self.max_model_len = config.max_model_len
         _make_exact()
@@ -95,13 +95,13 @@ class ModelRunner:
 
     @property
     def _uses_graphs(self) -> bool:
-        return self.device.type == "cuda" and not self._config.enforce_eager
+        return self.device.type == "cuda" and not self.config.enforce_eager
 
     @property
     def _finds_shared(self) -> bool:
         """Whether attention is to read shared beginnings once: a window would cut them off."""
-        windowed = getattr(self._config.text_config, "sliding_window", None) is not None
-        return self._uses_graphs and self._config.enable_prefix_caching and not windowed
+        windowed = getattr(self.config.text_config, "sliding_window", None) is not None
+        return self._uses_graphs and self.config.enable_prefix_caching and not windowed
 
     def execute(self, step: SchedulerOutput) -> PendingStep:
         """Launch a step. Nothing here waits for the device."""
@@ -244,7 +244,7 @@ class ModelRunner:
 
     def _count_blocks(self) -> int:
         """How many cache blocks to make: what was asked for, or what memory allows and the requests could fill."""
-        config = self._config
+        config = self.config
         # Looked up in any case: it also compiles the kernels, which a request should not wait for.
         free = cpu_bytes() if self._budget is None else self._free_gpu_bytes(self._budget)
         if config.num_blocks is not None:
@@ -279,7 +279,7 @@ class ModelRunner:
 
     def _free_gpu_bytes(self, budget: GpuBudget) -> int:
         """Memory that remains of the budget when the largest step runs."""
-        started, most = time.monotonic(), self._config.max_num_batched_tokens
+        started, most = time.monotonic(), self.config.max_num_batched_tokens
         vision, steps, sampling = self._profile()
         logger.info("compiled kernels and measured the largest step in %.1f s", time.monotonic() - started)
         free = budget.left() - self._later_bytes()
@@ -291,14 +291,14 @@ class ModelRunner:
 
     def _later_bytes(self) -> int:
         """What is allocated later: encoded images and the sampler's tables of penalties."""
-        config = self._config
+        config = self.config
         images = config.encoder_cache_tokens * config.text_config.hidden_size * config.dtype.itemsize
         penalties = config.max_num_seqs * config.vocab_size * (torch.int32.itemsize + torch.bool.itemsize)
         return int(images + penalties)
 
     def _graph_bytes(self) -> int:
         """What CUDA graphs take beside their activations."""
-        config, text = self._config, self._config.text_config
+        config, text = self.config, self.config.text_config
         decodes, steps = decode_sizes(self._most_in_graph), step_sizes(config.max_num_batched_tokens)
         count = 2 * len(decodes) + len(steps) + len(VISION_SIZES) * (self._vision is not None)
         kept = count * text.num_hidden_layers * _GRAPH_BYTES_PER_LAYER
@@ -307,12 +307,12 @@ class ModelRunner:
 
     @property
     def _most_in_graph(self) -> int:
-        return min(self._config.max_num_seqs, self._config.max_num_batched_tokens, _MOST_IN_GRAPH)
+        return min(self.config.max_num_seqs, self.config.max_num_batched_tokens, _MOST_IN_GRAPH)
 
     def _profile(self) -> tuple[int, int, int]:
         """Bytes that the largest batch of images, the largest step and the sampler take at most."""
-        most = self._config.max_num_batched_tokens
-        rows = max(self._config.max_num_seqs, _LOGPROB_ROWS)
+        most = self.config.max_num_batched_tokens
+        rows = max(self.config.max_num_seqs, _LOGPROB_ROWS)
         with torch.inference_mode():
             vision = 0 if self._vision is None else peak_bytes(self._vision.profile)
             # Small steps take kernels of their own, which no request should wait for to be compiled.
@@ -322,8 +322,8 @@ class ModelRunner:
         return vision, steps, sampling
 
     def _zeros(self, rows: int) -> Tensor:
-        size = self._config.text_config.hidden_size
-        return torch.zeros(rows, size, dtype=self._config.dtype, device=self.device)
+        size = self.config.text_config.hidden_size
+        return torch.zeros(rows, size, dtype=self.config.dtype, device=self.device)
 
     def _profile_step(self, tokens: int) -> Tensor:
         """So many tokens in sequences as long as they may be, in one block, which changes nothing about memory."""
@@ -346,12 +346,12 @@ class ModelRunner:
             tiles=self._batch.upload(self._batch.tiles(*prefills[1:3].astype(np.int64))),
         )
         hidden = self._look_up(metadata.token_rows, metadata.positions)
-        caches = make_caches(self._config, 1, self._config.kv_cache_dtype)
+        caches = make_caches(self.config, 1, self.config.kv_cache_dtype)
         return self.model.language_model(hidden, caches, metadata)  # type: ignore[no-any-return]
 
     def _capture(self) -> None:
         """Capture steps in which every request has one token, all other steps, and the vision tower."""
-        started, config = time.monotonic(), self._config
+        started, config = time.monotonic(), self.config
         free, _ = torch.cuda.mem_get_info()
         decodes = DecodeGraphs(
             self.model, self._batch, self._caches, max_requests=self._most_in_graph, finds_shared=self._finds_shared

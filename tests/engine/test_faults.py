@@ -148,7 +148,7 @@ def bench(checkpoint: MakeCheckpoint) -> Bench:
         num_gpu_blocks_override=24,
     )  # fmt: skip
     core = EngineCore(create_config(args))
-    bench = Bench(core, InputProcessor(core.runner._config, core.max_model_len))
+    bench = Bench(core, InputProcessor(core.runner.config, core.max_model_len))
     random_ = np.random.default_rng(5)
     for number in range(10):
         pixels = [random_.integers(0, 256, (40, 40, 3), np.uint8) for _ in range(number % 3)]
