@@ -1,9 +1,11 @@
 """The engine on the GPU in float32 gives Hugging Face's tokens, which are computed on the CPU."""
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from engine import LLM, SamplingParams
@@ -13,6 +15,8 @@ from tests.conftest import MakeCheckpoint
 from tests.oracle import hf_generate
 from tests.random_checkpoint import CheckpointSpec
 
+triton_ops = pytest.importorskip("engine.kernels.triton_ops", exc_type=ImportError)
+
 SPECS = {
     "mha": CheckpointSpec(seed=1),
     "gqa": CheckpointSpec(seed=2, num_key_value_heads=2),
@@ -21,6 +25,14 @@ SPECS = {
     "head of 80": CheckpointSpec(seed=5, hidden_size=160, num_attention_heads=2, num_key_value_heads=2, head_dim=80),
     "text": CheckpointSpec(seed=6, kind="llama"),
 }
+# As wide as the kernels for few rows want them.
+WIDE = {
+    dtype: CheckpointSpec(
+        seed=7, kind="llama", hidden_size=1024, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=8,
+        head_dim=128, dtype=dtype,
+    )
+    for dtype in ("bfloat16", "float16")
+}  # fmt: skip
 # Small enough for several tests to share a GPU.
 ROOMY = {"kv_cache_memory_bytes": 1 << 28, "max_num_seqs": 48}
 LIMITS: dict[str, dict[str, Any]] = {
@@ -72,6 +84,61 @@ def test_overlapped_steps_change_no_token(checkpoint: MakeCheckpoint, photos: li
         outputs = llm.generate(given, params, use_tqdm=False)
         found.append([output.outputs[0].token_ids for output in outputs])
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("thin", [True, False], ids=["thin products", "cuBLAS"])
+def test_half_precision_is_near_float32(
+    thin: bool, dtype: str, checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights with few rows a step, which have kernels of their own, and without these."""
+    folder = str(checkpoint(WIDE[dtype]))
+    texts = [f"USER: What is number {number}? ASSISTANT:" for number in range(20)]
+    params = SamplingParams(temperature=0, max_tokens=12, prompt_logprobs=0, logprobs=0, ignore_eos=True)
+    with LLM(folder, dtype="float32", device="cuda", **ROOMY) as llm:
+        exact = llm.generate(texts, params, use_tqdm=False)
+    if not thin:
+        monkeypatch.setattr(triton_ops, "linear", torch.nn.functional.linear)
+    multiplied: list[int] = []
+    monkeypatch.setattr(triton_ops, "row_linear", counted(triton_ops.row_linear, multiplied))
+    with LLM(folder, dtype=dtype, device="cuda", **ROOMY) as llm:
+        rounded = llm.generate(texts, params, use_tqdm=False)
+    assert bool(multiplied) == thin
+    differences = []
+    for one, other in zip(exact, rounded, strict=True):
+        assert one.prompt_logprobs is not None and other.prompt_logprobs is not None
+        for token, a, b in zip(
+            one.prompt_token_ids[1:], one.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True
+        ):
+            assert a is not None and b is not None
+            differences.append(abs(a[token].logprob - b[token].logprob))
+    print(f"{dtype}, thin={thin}: {sum(differences) / len(differences):.4f} on average, {max(differences):.3f} at most")
+    most = {"bfloat16": 0.1, "float16": 0.02}[dtype]
+    assert sum(differences) / len(differences) < most and max(differences) < 20 * most
+
+
+def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        calls.append(1)
+        return function(*args)
+
+    return call
+
+
+@pytest.mark.parametrize("count", [1, 16, 32, 100])
+def test_answers_do_not_change_from_run_to_run(count: int, checkpoint: MakeCheckpoint) -> None:
+    """Greedy, in half precision, at a fixed batch: every sum is made in the same order every time."""
+    texts = [f"USER: Tell me of {number} and {number * 7}. ASSISTANT:" for number in range(count)]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
+    llm = LLM(
+        str(checkpoint(WIDE["bfloat16"])), dtype="bfloat16", device="cuda", enable_prefix_caching=False,
+        kv_cache_memory_bytes=1 << 28, max_num_seqs=128,
+    )  # fmt: skip
+    runs = [llm.generate(texts, params, use_tqdm=False) for _ in range(3)]
+    for again in runs[1:]:
+        for one, other in zip(runs[0], again, strict=True):
+            assert other.outputs[0].token_ids == one.outputs[0].token_ids
+            assert other.outputs[0].logprobs == one.outputs[0].logprobs
 
 
 def test_sampling_is_the_same_in_any_batch(checkpoint: MakeCheckpoint) -> None:

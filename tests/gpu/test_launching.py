@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from engine import LLM, SamplingParams
+from engine.grammar.structured_outputs import StructuredOutputs
 from engine.step import SchedulerOutput
 from engine.worker.input_batch import StepLayout
 from engine.worker.model_runner import ModelRunner
@@ -35,7 +36,11 @@ def steps_may_not_wait(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return launched
 
 
-@pytest.mark.parametrize("limits", [{}, {"enforce_eager": True}, {"max_num_batched_tokens": 16}], ids=str)
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"enforce_eager": True}, {"max_num_batched_tokens": 16}, {"kv_cache_dtype": "fp8"}],
+    ids=str,
+)
 def test_no_step_waits_for_the_gpu(
     steps_may_not_wait: list[int], limits: dict[str, Any], checkpoint: MakeCheckpoint, photos: list[Image.Image]
 ) -> None:
@@ -50,6 +55,7 @@ def test_no_step_waits_for_the_gpu(
         SamplingParams(repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.5),
         SamplingParams(logit_bias={5: 3.0}, bad_words=["number", "a b"]),
         SamplingParams(allowed_token_ids=[5, 6, 7], stop_token_ids=[7], min_tokens=2),
+        SamplingParams(structured_outputs=StructuredOutputs(regex="[a-z ]{3,20}")),
     ]
     for params in kinds:
         params.max_tokens = 8
