@@ -19,6 +19,10 @@ _MOST_PIECES = 1 << 16
 """Of any other file: PNG's chunks, GIF's blocks before the first picture, numbers of one entry of a TIFF."""
 _JPEG_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 """Such as begin a segment, or end the image; what has no length is left out."""
+_TIFF_TILES = {256: "width", 257: "height", 322: "tile_width", 323: "tile_height"}
+"""Numbers of entries."""
+_SPARE_PIXELS = 1 << 20
+"""By which tiles may reach beyond a small picture; decoders decode them whole."""
 _TIFF_BYTES = (1, 2, 7)
 """Types of entries that PIL keeps as they are, rather than number for number."""
 
@@ -110,10 +114,31 @@ def _tiff(data: bytes) -> bool:
     width, size = (20, 8) if is_big else (12, 4)
     if count * width > len(data):
         count = max(0, len(data) - at) // width
-    return count > _MOST_PIECES or any(
-        number(entry + 4, size) > _MOST_PIECES and number(entry + 2, 2) not in _TIFF_BYTES
-        for entry in range(at, at + count * width, width)
-    )
+    entries = range(at, at + count * width, width)
+    if count > _MOST_PIECES or any(
+        number(entry + 4, size) > _MOST_PIECES and number(entry + 2, 2) not in _TIFF_BYTES for entry in entries
+    ):
+        return True
+    sizes: dict[str, int] = {}
+    for entry in entries:
+        name = _TIFF_TILES.get(number(entry, 2))
+        if name is None:
+            continue
+        bytes_each = {3: 2, 4: 4, 16: 8}.get(number(entry + 2, 2))
+        if name in sizes or bytes_each is None or number(entry + 4, size) != 1:
+            return True  # two decoders might take it for two sizes
+        sizes[name] = number(entry + 4 + size, bytes_each)
+    return _has_large_tiles(**sizes)
+
+
+def _has_large_tiles(width: int = 0, height: int = 0, tile_width: int = 0, tile_height: int = 0) -> bool:
+    """Whether a TIFF's tiles, which all are decoded whole, hold far more than its picture."""
+    if not tile_width and not tile_height:
+        return False
+    if not (tile_width and tile_height):
+        return True
+    across, down = -(-width // tile_width), -(-height // tile_height)
+    return across * down * tile_width * tile_height > 2 * width * height + _SPARE_PIXELS
 
 
 _CHECKS: tuple[tuple[bytes, Callable[[bytes], bool]], ...] = (

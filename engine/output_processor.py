@@ -36,6 +36,8 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._bytes = TokenBytes(tokenizer)
         self._answers: dict[str, _Answer] = {}
+        self._texts: dict[int, str] = {}
+        """Of tokens outside any sequence, as far as asked for: at most one for each of the vocabulary."""
 
     def add(self, requests: list[EngineRequest]) -> None:
         """Expect output for the answers of one request."""
@@ -172,6 +174,12 @@ class OutputProcessor:
 
     def _alone(self, token: int) -> str:
         """A token's text outside any sequence, its leading space kept."""
+        known = self._texts.get(token)
+        if known is None:
+            known = self._texts[token] = self._text_of(token)
+        return known
+
+    def _text_of(self, token: int) -> str:
         text = self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False)
         piece = self._tokenizer.backend_tokenizer.id_to_token(token) or ""
         return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else str(text)

@@ -13,7 +13,16 @@ from starlette.responses import Response
 from engine.client import ResponseStream
 from engine.input_processor import ProcessedPrompt
 from engine.outputs import Delta, TokenLogprobs
-from server.generation import Answer, Usage, abort, accepted, prompt_logprobs_json, run, shown_logprob
+from server.generation import (
+    Answer,
+    Usage,
+    abort,
+    accepted,
+    check_prompt_logprobs,
+    prompt_logprobs_json,
+    run,
+    shown_logprob,
+)
 from server.openapi import describe_post
 from server.prompts import chat_prompt
 from server.protocol import ChatCompletionRequest
@@ -55,6 +64,7 @@ async def start_chat(state: ServerState, body: ChatCompletionRequest, arrived: f
     with state.engine.admission(params.n):
         prompt = await chat_prompt(state, body)
         body.messages = []  # which may hold large images, and are not needed while the answer runs or waits
+        check_prompt_logprobs(params, [prompt])
         bad_words = await state.bad_words(params)
         name = f"chatcmpl-{uuid4().hex}"
         with _max_tokens_as_given(body):

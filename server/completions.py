@@ -15,7 +15,16 @@ from engine.client import ResponseStream
 from engine.input_processor import ProcessedPrompt
 from engine.outputs import Delta, TokenLogprobs
 from engine.sampling_params import SamplingParams
-from server.generation import Answer, Usage, abort, accepted, prompt_logprobs_json, run, shown_logprob
+from server.generation import (
+    Answer,
+    Usage,
+    abort,
+    accepted,
+    check_prompt_logprobs,
+    prompt_logprobs_json,
+    run,
+    shown_logprob,
+)
 from server.openapi import describe_post
 from server.prompts import text_prompt
 from server.protocol import CompletionRequest
@@ -54,6 +63,7 @@ async def _start(state: ServerState, body: CompletionRequest, arrived: float) ->
         prompts = await asyncio.gather(*(_prompt(state, body, prompt) for prompt in given))
         limits = [_limit(state, body, params, prompt) for prompt in prompts]
         params.check_vocab(state.config.vocab_size)
+        check_prompt_logprobs(params, prompts)
         bad_words = await state.bad_words(params)
         name = f"cmpl-{uuid4().hex}"
         streams = [

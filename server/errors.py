@@ -187,5 +187,5 @@ def _fields(path: tuple[int | str, ...]) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = repr(value[: _LONGEST_VALUE + 1] if isinstance(value, str) else value)
     return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "…"

@@ -15,6 +15,9 @@ from server import notes
 from server.errors import ApiError
 from server.state import ServerState
 
+MOST_PROMPT_LOGPROBS = 1 << 17
+"""Of one request."""
+
 # JSON has no infinity; OpenAI writes this for a token that cannot come.
 _LOWEST_LOGPROB = -9999.0
 
@@ -69,6 +72,22 @@ class Usage:
                 "image_tokens": self.image_tokens,
             },
         }
+
+
+def check_prompt_logprobs(params: SamplingParams, prompts: Sequence[ProcessedPrompt]) -> None:
+    """Refuse more log probabilities of prompts than can be put into one answer without holding up others.
+
+    Raises:
+        ValueError: they are too many.
+    """
+    if params.prompt_logprobs is None:
+        return
+    count = sum(len(prompt.token_ids) for prompt in prompts) * params.n * (params.prompt_logprobs + 1)
+    if count > MOST_PROMPT_LOGPROBS:
+        raise ValueError(
+            f"prompt_logprobs: {count} log probabilities of all prompts' tokens are asked for, for each of n answers: "
+            f"at most {MOST_PROMPT_LOGPROBS} are allowed"
+        )
 
 
 def accepted(state: ServerState, usage: Usage, params: SamplingParams, *, name: str, model: str) -> None:

@@ -17,7 +17,11 @@ HEAD_BYTES = 64 << 10
 """Of the request line and all headers, or of what comes behind a body."""
 _GRACE_SECONDS = 20.0
 _LEAST_BYTES_PER_SECOND = 4096
-"""A request has so long to come in, and longer by its size at this speed. Slower clients hold connections, no more."""
+"""A request has so long to come in, and longer by its size at this speed. Slower clients hold connections, no more. Nor
+may one stand still for longer than the former.
+"""
+_UNREAD_SECONDS = 60.0
+"""After which a client that takes nothing of its answer is given up."""
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -31,6 +35,8 @@ class LimitedProtocol(HttpToolsProtocol):
         """
         self._request_bytes = 0
         self._began = 0.0
+        self._last_came = 0.0
+        self._unread_timer: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -41,12 +47,27 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the client."""
         self._stop_timer()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client has not taken what it was sent."""
+        super().pause_writing()
+        if self._unread_timer is None:
+            self._watch_unread()
+
+    def resume_writing(self) -> None:
+        """It has."""
+        super().resume_writing()
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def data_received(self, data: bytes) -> None:
         """Count, and parse."""
         if self._timer is None and not self._is_answering:
             self._begin()
+        self._last_came = self.loop.time()
         self._request_bytes += len(data)
         self._since_body += len(data)
         super().data_received(data)
@@ -90,7 +111,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """A request is waited for from now on."""
         self._stop_timer()
         self._request_bytes = 0
-        self._began = self.loop.time()
+        self._began = self._last_came = self.loop.time()
         self._timer = self.loop.call_later(_GRACE_SECONDS, self._check_time)
 
     def _stop_timer(self) -> None:
@@ -100,6 +121,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _check_time(self) -> None:
         deadline = self._began + _GRACE_SECONDS + self._request_bytes / _LEAST_BYTES_PER_SECOND
+        deadline = min(deadline, self._last_came + _GRACE_SECONDS)
         # While we do not read, or an earlier request is answered, the client's time does not end.
         if self.flow.read_paused or self._is_answering or self.loop.time() < deadline:
             self._timer = self.loop.call_at(max(deadline, self.loop.time() + 1), self._check_time)
@@ -109,6 +131,20 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(408, "the request took too long to come in")
         else:
             self.transport.close()
+
+    def _watch_unread(self) -> None:
+        """Look again later; what is buffered must have become less by then."""
+        left = self.transport.get_write_buffer_size()
+
+        def check() -> None:
+            if self.transport.get_write_buffer_size() >= left:
+                self._unread_timer = None
+                logger.info("a client that did not read its answer was given up")
+                self.transport.abort()
+            else:
+                self._watch_unread()
+
+        self._unread_timer = self.loop.call_later(_UNREAD_SECONDS, check)
 
     def _check_head(self, size: int) -> bool:
         if size > HEAD_BYTES and not self.transport.is_closing():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import math
 import multiprocessing
 import os
@@ -113,7 +114,7 @@ class KillableWorker:
         connection = self._connection
         if not connection.poll(seconds):
             raise TimeoutError
-        return connection.recv()
+        return json.loads(connection.recv_bytes())  # not unpickled: a client's text may have broken out there
 
 
 def _main(connection: Connection, make_work: Callable[..., Work], args: tuple[Any, ...], seconds: float) -> None:
@@ -121,12 +122,12 @@ def _main(connection: Connection, make_work: Callable[..., Work], args: tuple[An
         signal.signal(number, signal.SIG_IGN)  # the parent ends it
     work = make_work(*args)
     _limit_memory()
-    connection.send(None)
+    connection.send_bytes(b"null")
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
         while True:
             given = connection.recv()
             signal.alarm(math.ceil(seconds) + 1)  # ends the process, should there be no parent left to do it
-            connection.send(_done(work, given))
+            connection.send_bytes(json.dumps(_done(work, given)).encode())
             signal.alarm(0)
 
 

@@ -3,25 +3,38 @@
 import asyncio
 import base64
 import binascii
+import contextlib
 import ipaddress
 import os
+import socket
 import stat
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import httpx
 
 _MAX_URL_LENGTH = 8192
 _DECODED_AT_ONCE = 64 << 10
-_CHUNK = 64 << 10
+_FREE_PIECES = 1000
+_LEAST_BYTES_A_PIECE = 256
+"""On average, of what comes in more pieces than are free: to take one in costs the same whatever it holds."""
+_LONGEST_DATA_HEAD = 256
+"""Characters of a `data:` URL before its data."""
 _REDIRECTS = (301, 302, 303, 307, 308)
 _NOT_FOUND = "the local file was not found or is not allowed"
+
+_NOT_PUBLIC = (
+    ipaddress.ip_network("192.88.99.0/24"),  # once the way to 6to4
+    ipaddress.ip_network("168.63.129.16/32"),  # Azure's own services, from inside a machine there
+)
+"""What `is_global` lets through."""
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Observer = Callable[[float], None] | None
@@ -55,6 +68,9 @@ class MediaFetcher:
         self._executor = executor
         self._on_fetch = on_fetch
         self._slots = asyncio.Semaphore(limits.max_concurrent_fetches)
+        self._lookups = asyncio.Semaphore(limits.max_concurrent_fetches)
+        """Held until a look-up has ended, not only until nobody waits for it any more."""
+        self._resolvers = ThreadPoolExecutor(limits.max_concurrent_fetches, thread_name_prefix="resolve")
         # No proxy or password from the environment, no cookie from one site or client to the next.
         self._client = httpx.AsyncClient(
             trust_env=False,
@@ -67,6 +83,7 @@ class MediaFetcher:
 
     async def aclose(self) -> None:
         """Close connections."""
+        self._resolvers.shutdown(wait=False, cancel_futures=True)
         await self._client.aclose()
 
     async def fetch(self, url: str) -> bytes:
@@ -162,9 +179,8 @@ class MediaFetcher:
 
     async def _vetted_address(self, host: str, port: int) -> _Address:
         """An address of the host, all of whose addresses may be connected to."""
-        loop = asyncio.get_running_loop()
         try:
-            found = await loop.getaddrinfo(host, port, type=1, proto=6)  # TCP streams
+            found = await self._look_up(host, port)
             addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
         except (OSError, ValueError, UnicodeError):
             raise MediaError("the image could not be fetched: its host was not found") from None
@@ -176,6 +192,25 @@ class MediaFetcher:
             raise MediaError("the image could not be fetched: its host was not found")
         return addresses[0]
 
+    async def _look_up(self, host: str, port: int) -> list[Any]:
+        """By threads of our own: an event loop has few for that, and names whose servers do not answer hold each of
+        them for longer than anybody waits.
+        """
+        await self._lookups.acquire()
+        loop = asyncio.get_running_loop()
+        try:
+            future = self._resolvers.submit(_tcp_addresses, host, port)
+        except BaseException:
+            self._lookups.release()
+            raise
+
+        def release(_: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._lookups.release)
+
+        future.add_done_callback(release)
+        return await asyncio.wrap_future(future)
+
     async def _read_body(self, response: httpx.Response) -> bytes:
         limit = self._limits.max_image_bytes
         length = response.headers.get("content-length", "")
@@ -185,19 +220,24 @@ class MediaFetcher:
             raise MediaError("the image could not be fetched: its server sent it compressed, unasked")
         chunks, size = [], 0
         try:
-            async for chunk in response.aiter_raw(_CHUNK):
+            async for chunk in response.aiter_raw():
                 size += len(chunk)
                 if size > limit:
                     raise _too_large(limit)
                 chunks.append(chunk)
+                if len(chunks) > _FREE_PIECES + size // _LEAST_BYTES_A_PIECE:
+                    raise MediaError("the image could not be fetched: its server sent it in pieces of a few bytes")
+                if len(chunks) % 64 == 0:
+                    await asyncio.sleep(0)  # what has come already is given without a pause
         except httpx.HTTPError:
             raise MediaError("the image could not be fetched: the connection broke") from None
         return b"".join(chunks)
 
     async def _fetch_data(self, url: str) -> bytes:
-        head, comma, payload = url.partition(",")
-        words = head[len("data:") :].lower().split(";")
-        if not comma or not words[0].startswith("image/") or words[-1] != "base64" or len(words) < 2:
+        comma = url.find(",", 0, _LONGEST_DATA_HEAD)
+        words = url[len("data:") : max(0, comma)].lower().split(";")
+        payload = url[comma + 1 :]
+        if comma < 0 or not words[0].startswith("image/") or words[-1] != "base64" or len(words) < 2:
             raise MediaError("image data URLs must look like data:image/png;base64,…")
         limit = self._limits.max_image_bytes
         if len(payload) > -(-limit // 3) * 4:
@@ -242,8 +282,14 @@ def is_public(address: _Address) -> bool:
             embedded += address.teredo
         if address in ipaddress.ip_network("64:ff9b::/96"):
             embedded.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+    if any(address in network for network in _NOT_PUBLIC):
+        return False
     usable = address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
     return usable and all(is_public(inner) for inner in embedded)
+
+
+def _tcp_addresses(host: str, port: int) -> list[Any]:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
 
 
 def _next_url(url: str, response: httpx.Response) -> str:

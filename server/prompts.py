@@ -6,6 +6,7 @@ from typing import Any
 
 from engine.chat_template import ChatTemplate
 from engine.config import EngineConfig
+from engine.grammar.structured_outputs import num_characters
 from engine.input_processor import PreparedImage, ProcessedPrompt, load_tokenizer
 from server.conversation import TemplateFields
 from server.errors import bad_request, blaming
@@ -42,7 +43,8 @@ def _template_arguments(
     body.check_template_fields()
     if body.chat_template is not None and not state.args.trust_request_chat_template:
         raise bad_request("chat_template is not allowed: the server trusts its own template only", "chat_template")
-    state.inputs.check_length(sum(message.num_characters for message in body.messages))
+    beside = num_characters([tools, body.chat_template_kwargs])
+    state.inputs.check_length(sum(message.num_characters for message in body.messages) + beside)
     continues = bool(body.continue_final_message)
     options = {
         "add_generation_prompt": not continues if body.add_generation_prompt is None else body.add_generation_prompt,

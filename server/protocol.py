@@ -74,7 +74,7 @@ class SamplingFields(RequestModel):
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
-    service_tier: str | None = None
+    service_tier: Annotated[str, Field(max_length=64)] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     best_of: int | None = None
@@ -170,7 +170,7 @@ class SamplingFields(RequestModel):
             return StructuredOutputs(json_object=True)
         if kind != "json_schema":
             raise ValueError(
-                f"response_format {str(kind)[:100]!r} is not available: 'text', 'json_object' and 'json_schema' are"
+                f"response_format {_shown(kind)} is not available: 'text', 'json_object' and 'json_schema' are"
             )
         described = self.response_format.get("json_schema")
         schema = described.get("schema", {}) if isinstance(described, dict) else None
@@ -373,7 +373,15 @@ class DetokenizeRequest(RequestModel):
     tokens: _Ids
 
 
+def _shown(kind: Any) -> str:
+    """A value for a message; of what is no string only the kind, since it may be of any size."""
+    return repr(kind[:100]) if isinstance(kind, str) else f"with a type that is a {type(kind).__name__}"
+
+
 def _bias(given: dict[str, float]) -> dict[int, float]:
     if not all(token.isascii() and token.isdigit() and len(token) < _LONGEST_ID for token in given):
         raise ValueError("logit_bias: its keys must be token ids")
-    return {int(token): bias for token, bias in given.items()}
+    biases = {int(token): bias for token, bias in given.items()}
+    if len(biases) < len(given):
+        raise ValueError("logit_bias: a token id is there twice, with zeros before it")
+    return biases

@@ -204,7 +204,8 @@ class ResponsesRequest(SamplingFields):
         if self.text is not None and self.text.format is not None:
             return self.text.format
         given = self.response_format or {"type": "text"}
-        return {**given.get("json_schema", {}), "type": given["type"]}
+        described = given.get("json_schema") if given["type"] == "json_schema" else None
+        return {**(described if isinstance(described, dict) else {}), "type": given["type"]}
 
     def told_again(self) -> dict[str, Any]:
         """The fields of the response that say what was asked for."""

@@ -39,6 +39,11 @@ _VALUES_PER_TOKEN = 16
 """A body may hold so many JSON values, and for each token of the context so many more: far above what any request
 needs, and few enough that checking each takes no time that others would notice.
 """
+_CONTAINERS = 1 << 15
+"""And so many lists and objects, which take far more time and memory, with one more for each token of the context."""
+
+_BODIES_AT_ONCE = 4
+"""Bodies of the largest size that may be coming in together: the memory that clients take before they are admitted."""
 
 # A request of a hundred bytes may continue a conversation of many megabytes.
 _CONTINUED_AT_ONCE = 4
@@ -71,6 +76,8 @@ class ServerState:
     draining: bool = False
     num_open: int = 0
     """Requests that are being answered."""
+    body_bytes: int = 0
+    """Of all bodies that are coming in."""
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     started: int = field(default_factory=lambda: int(time.time()))
     responses: ResponseStore = field(default_factory=ResponseStore)
@@ -192,13 +199,8 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length) > limit:
         raise _too_large(limit)
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise _too_large(limit)
-        chunks.append(chunk)
-    body = b"".join(chunks)
+    body = await _read(request, limit)
+    size = len(body)
     if not body:
         raise ApiError(400, "the body is empty: send a JSON object")
     check_size(state_of(request), "the body", body)
@@ -207,17 +209,37 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     return await asyncio.to_thread(kind.model_validate_json, body)
 
 
+async def _read(request: Request, limit: int) -> bytes:
+    state = state_of(request)
+    chunks, size = [], 0
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            state.body_bytes += len(chunk)
+            if size > limit:
+                raise _too_large(limit)
+            if state.body_bytes > _BODIES_AT_ONCE * limit:
+                raise ApiError(503, "too many large requests are coming in: try again later")
+            chunks.append(chunk)
+    finally:
+        state.body_bytes -= size
+    return b"".join(chunks)
+
+
 def check_size(state: ServerState, what: str, *texts: bytes) -> None:
     """Look at the size of JSON before it is parsed; `what` the texts are together, for the message.
 
     Raises:
-        ApiError: 413 above the limit of bytes, 400 above that of values.
+        ApiError: 413 above the limit of bytes, 400 above those of values.
     """
     if sum(map(len, texts)) > state.args.max_request_bytes:
         raise _too_large(state.args.max_request_bytes, what)
     most = _VALUES + _VALUES_PER_TOKEN * state.inputs.max_model_len
     if sum(text.count(b",") for text in texts) > most:
         raise ApiError(400, f"{what} holds more than {most} JSON values (counted by its commas)")
+    most = _CONTAINERS + state.inputs.max_model_len
+    if sum(text.count(b"[") + text.count(b"{") for text in texts) > most:
+        raise ApiError(400, f"{what} holds more than {most} lists and objects (counted by its brackets)")
 
 
 def _too_large(limit: int, what: str = "the body") -> ApiError:

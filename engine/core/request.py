@@ -9,6 +9,9 @@ from llguidance import LLMatcher
 
 from engine.messages import EngineRequest, ImageInput, PositionLogprobs
 
+_SECONDS_PER_PRIORITY = 10.0
+_MOST_AHEAD_SECONDS = 30.0
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -51,9 +54,12 @@ class Request:
         return self.source.request_id
 
     @property
-    def order(self) -> tuple[int, float, str]:
-        """Who is served first: priority, then arrival."""
-        return self.source.priority, self.source.arrival_time, self.id
+    def order(self) -> tuple[float, str]:
+        """Who is served first: who came first, or counts as if it had by its priority. That has a bound, lest those who
+        call themselves more important starve all others.
+        """
+        ahead = min(_MOST_AHEAD_SECONDS, max(-_MOST_AHEAD_SECONDS, _SECONDS_PER_PRIORITY * self.source.priority))
+        return self.source.arrival_time + ahead, self.id
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -339,7 +339,7 @@ class _Budget:
         """Tokens for the requests that generate and have not been looked at yet: no prompt takes these."""
 
 
-def _order(request: Request) -> tuple[int, float, str]:
+def _order(request: Request) -> tuple[float, str]:
     return request.order
 
 

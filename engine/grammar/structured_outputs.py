@@ -130,6 +130,7 @@ class StructuredOutputs:
             return {}
         if not isinstance(schema, dict):
             raise ValueError("json must be a JSON schema: an object")
+        _check_size("json", num_characters(schema))  # before it is written once more
         return schema
 
     def _json_grammars(self, schema: dict[str, Any]) -> dict[str, Any]:
@@ -140,6 +141,21 @@ class StructuredOutputs:
         options = {"lenient": False, "coerce_one_of": False, **white_space}
         body = {"name": "body", "json_schema": {**schema, "x-guidance": options}}
         return {"grammars": [{"lark_grammar": f"{_OPTIONS}start: @body"}, body]}
+
+
+def num_characters(value: Any) -> int:
+    """Of all strings in a JSON value, the names in objects counted in."""
+    total, left = 0, [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            total += len(one)
+        elif isinstance(one, dict):
+            left += one.keys()
+            left += one.values()
+        elif isinstance(one, list | tuple):
+            left += one
+    return total
 
 
 def _check_size(name: str, size: int) -> None:

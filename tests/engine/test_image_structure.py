@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from engine.image_decode import ImageError, decode_image
-from tests.image_files import bmp_of, encoded, png_chunk, png_of, tiff_of
+from tests.image_files import bmp_of, encoded, png_chunk, png_of, shorts, tiff_of
 
 MANY = 200_000
 PICTURE = Image.new("RGB", (16, 16), (9, 99, 199))
@@ -78,6 +78,34 @@ TOO_INTRICATE = {
     "signed bytes": tiff_with((273, 4, 1, numbers(8)), (258, 6, MANY, b"\1" * MANY)),
     "entries": b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, MANY) + struct.pack("<HHQQ", 256, 4, 1, 1) * MANY,
 }
+
+
+def tiled(width: int, height: int, *more: tuple[int, int, int, bytes], tile: tuple[int, int], count: int = 1) -> bytes:
+    """A TIFF of grey tiles, each of which is the same compressed black one."""
+    packed = zlib.compress(bytes(min(1 << 20, tile[0] * tile[1])))
+    entries = [
+        (256, 4, 1, numbers(width)), (257, 4, 1, numbers(height)), (258, 3, 1, shorts(8)), (259, 3, 1, shorts(8)),
+        (262, 3, 1, shorts(1)), (277, 3, 1, shorts(1)), (322, 4, 1, numbers(tile[0])), (323, 4, 1, numbers(tile[1])),
+        (324, 4, count, numbers(16) * count), (325, 4, count, numbers(len(packed)) * count), *more,
+    ]  # fmt: skip
+    return tiff_of(entries, packed)
+
+
+TOO_INTRICATE |= {
+    "one large tile": tiled(16, 16, tile=(26_752, 26_736)),
+    "long tiles": tiled(1600, 1, tile=(16, 800_000), count=100),
+    "wide tiles": tiled(1, 1600, tile=(800_000, 16), count=100),
+    "tiles of two sizes": tiled(64, 64, (322, 4, 1, numbers(1 << 20)), tile=(64, 64)),
+    "a tile without a height": tiled(64, 64, tile=(1 << 20, 0)),
+    "sizes in a list": tiled(64, 64, (322, 4, 2, numbers(64, 1 << 20)), tile=(64, 64)),
+}
+
+
+@pytest.mark.parametrize("size", [(100, 50), (256, 256), (600, 300)])
+def test_tiles_that_reach_beyond_a_picture_are_served(size: tuple[int, int]) -> None:
+    across, down = -(-size[0] // 256), -(-size[1] // 256)
+    image = decode_image(tiled(*size, tile=(256, 256), count=across * down), max_pixels=LIMIT)
+    assert image.size == size and image.getextrema() == ((0, 0),) * 3
 
 
 @pytest.mark.parametrize("data", TOO_INTRICATE.values(), ids=TOO_INTRICATE)

@@ -503,6 +503,10 @@ def test_other_statuses(server: Server) -> None:
         assert fine.status_code == 200
 
 
+def nested(depth: int) -> list[Any]:
+    return [] if depth == 0 else [nested(depth - 1)]
+
+
 def test_a_bad_request_disturbs_nobody(server: Server, photo_files: list[Path]) -> None:
     before = text_of(answer(server, [user(image_part(data_url(photo_files[1])))]))
     for fields, _, _ in BAD_FIELDS[:8]:
@@ -521,6 +525,21 @@ def test_a_bad_request_disturbs_nobody(server: Server, photo_files: list[Path]) 
         ("/v1/completions", {"prompt": "a", "max_tokens": -1}),
         ("/tokenize", {"prompt": "a", "other": [[]] * 200_000}),
         ("/detokenize", {"tokens": [5] * 20_000}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 1, "metadata": {"a": [nested(50)] * 2000}}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 1, "metadata": {"a": [{"b": {}}] * 40_000}}),
+        ("/v1/completions", {"prompt": "a", "service_tier": "x" * 1_000_000}),
+        ("/v1/completions", {"prompt": "a", "response_format": {"type": [["x"] * 1000]}}),
+        ("/v1/completions", {"prompt": "a", "structured_outputs": {"json": {"description": "x" * 1_000_000}}}),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {"5": 1, "05": -3}}),
+        ("/v1/completions", {"prompt": ["a b c"] * 128, "n": 16, "prompt_logprobs": 20, "max_tokens": 1}),
+        ("/v1/completions", {"prompt": ["a b c"] * 128, "n": 16, "logprobs": 20, "echo": True, "max_tokens": 1}),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [user("Hi")],
+                "tools": [{"type": "function", "function": {"name": "f", "description": "x" * 1_000_000}}],
+            },
+        ),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 500}] * 200}),
         ("/v1/chat/completions", {"messages": [user("Hi")], "min_tokens": 100_000}),
         ("/v1/chat/completions", {"messages": [user("Hi")], "chat_template_kwargs": {"self": 1}}),

@@ -23,6 +23,10 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
             return
         size += len(message.get("body", b""))
         more = message["more_body"]
+    if scope["path"] == "/large":
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % LARGE)]})
+        await send({"type": "http.response.body", "body": bytes(LARGE)})
+        return
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"8")]})
     if scope["path"] == "/slow":
         await asyncio.sleep(1.2)
@@ -66,6 +70,7 @@ def refusal(answer: bytes) -> tuple[int, str]:
     return int(head.split()[1]), error["message"]
 
 
+LARGE = 40_000_000
 POST = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
 
 
@@ -123,6 +128,35 @@ async def test_a_request_that_does_not_come_is_given_up(address: Address, begun:
 async def test_a_slow_trickle_is_given_up(address: Address) -> None:
     pieces = [POST + b"Content-Length: 500\r\n\r\n", *[b"x"] * 30]
     assert refusal(await talk(address, *pieces, pause=0.05))[0] == 408
+
+
+async def test_a_body_that_stands_still_is_given_up(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much of it has come."""
+    started = asyncio.get_running_loop().time()
+    answer = await talk(address, POST + b"Content-Length: 2000000\r\n\r\n" + b"x" * 1_000_000)
+    assert refusal(answer)[0] == 408
+    assert asyncio.get_running_loop().time() - started < 3
+
+
+@pytest.mark.parametrize("reads", [True, False])
+async def test_an_answer_that_is_not_read_is_given_up(
+    address: Address, monkeypatch: pytest.MonkeyPatch, reads: bool
+) -> None:
+    monkeypatch.setattr(http_protocol, "_UNREAD_SECONDS", 0.5)
+    reader, writer = await asyncio.open_connection(*address, limit=1 << 10)
+    writer.write(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    received = 0
+    try:
+        for _ in range(20):  # a slow reader is no reader that does not read
+            await asyncio.sleep(0.1)
+            received += len(await reader.read(1 << 20)) if reads else 0
+        while chunk := await reader.read(1 << 20):
+            received += len(chunk)
+    except ConnectionResetError:
+        assert not reads
+    finally:
+        writer.close()
+    assert (received > LARGE) == reads
 
 
 async def test_a_slow_upload_goes_on(address: Address) -> None:

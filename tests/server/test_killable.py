@@ -47,7 +47,7 @@ def worker() -> Iterator[KillableWorker]:
 
 async def test_it_works_in_one_other_process(worker: KillableWorker) -> None:
     large = "x" * 3_000_000
-    assert await worker.run("echo", large) == ("hello", large)
+    assert await worker.run("echo", large) == ["hello", large]
     pids = set(await asyncio.gather(*(worker.run("pid") for _ in range(5))))
     assert len(pids) == 1 and os.getpid() not in pids
 
@@ -94,7 +94,7 @@ async def test_who_leaves_while_the_process_begins_leaves_no_result_behind() -> 
         await asyncio.sleep(0.03)
         leaving.cancel()
         for number in range(3):
-            assert await worker.run("echo", number) == (word, number)
+            assert await worker.run("echo", number) == [word, number]
     finally:
         worker.kill()
 
@@ -102,7 +102,7 @@ async def test_who_leaves_while_the_process_begins_leaves_no_result_behind() -> 
 async def test_a_process_that_ended_while_idle_is_nobodys_fault(worker: KillableWorker) -> None:
     psutil.Process(await worker.run("pid")).kill()
     await asyncio.sleep(0.5)
-    assert await worker.run("echo", 2) == ("hello", 2)
+    assert await worker.run("echo", 2) == ["hello", 2]
 
 
 @pytest.mark.parametrize("word", ["broken", "slow"])
@@ -117,9 +117,9 @@ async def test_a_process_that_does_not_start_is_not_the_works_fault(word: str, m
 
 async def test_too_many_are_sent_away(worker: KillableWorker) -> None:
     results = await asyncio.gather(*(worker.run("echo", number) for number in range(8)), return_exceptions=True)
-    assert results[:5] == [("hello", number) for number in range(5)]
+    assert results[:5] == [["hello", number] for number in range(5)]
     assert [type(result) for result in results[5:]] == [QueueFullError] * 3
-    assert await worker.run("echo", 9) == ("hello", 9)
+    assert await worker.run("echo", 9) == ["hello", 9]
 
 
 def test_it_ends_when_the_server_is_no_more() -> None:

@@ -3,6 +3,9 @@
 import asyncio
 import base64
 import os
+import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
@@ -43,6 +46,13 @@ async def site() -> AsyncIterator[tuple[str, list[web.Request]]]:
             await response.write(b"x" * 4096)
             await asyncio.sleep(float(request.query.get("pause", "0")))
 
+    async def pieces(request: web.Request) -> web.StreamResponse:
+        """A body of so many bytes in pieces of one each, all of which are there at once."""
+        assert request.transport is not None
+        request.transport.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        request.transport.write(b"1\r\nx\r\n" * int(request.query["count"]) + b"0\r\n\r\n")
+        return web.Response()
+
     async def compressed(request: web.Request) -> web.Response:
         return web.Response(body=b"zzzz", headers={"Content-Encoding": "gzip"})
 
@@ -54,6 +64,7 @@ async def site() -> AsyncIterator[tuple[str, list[web.Request]]]:
             web.get("/status", status),
             web.get("/endless", endless),
             web.get("/compressed", compressed),
+            web.get("/pieces", pieces),
         ]
     )
     runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -141,7 +152,7 @@ async def test_private_hosts_are_refused(fetch: Fetch, host: str) -> None:
     "address",
     ["127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.1.1", "100.64.0.1", "0.0.0.0", "224.0.0.1",
      "240.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fc00::1", "ff02::1", "::ffff:10.0.0.1",
-     "2002:7f00:1::", "64:ff9b::7f00:1"],
+     "2002:7f00:1::", "64:ff9b::7f00:1", "192.88.99.1", "::ffff:192.88.99.1", "168.63.129.16"],
 )  # fmt: skip
 def test_addresses_that_are_not_public(address: str) -> None:
     assert not is_public(ip_address(address))
@@ -153,10 +164,10 @@ def test_addresses_that_are_public(address: str) -> None:
 
 
 async def test_one_private_address_among_many_is_enough(fetch: Fetch, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def resolve(*_: object, **__: object) -> list[Any]:
+    def resolve(*_: object, **__: object) -> list[Any]:
         return [(2, 1, 6, "", ("8.8.8.8", 80)), (2, 1, 6, "", ("10.0.0.1", 80))]
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     await refused(fetch("http://example.com/x", allow_private_hosts=False), "not public")
 
 
@@ -176,6 +187,72 @@ async def test_sizes_and_times_are_bounded(fetch: Fetch, site: tuple[str, list[w
     await refused(fetch(f"{url}/compressed"), "compressed")
 
 
+async def test_pieces_of_a_byte_hold_nobody_up(fetch: Fetch, site: tuple[str, list[web.Request]]) -> None:
+    url, _ = site
+    assert await fetch(f"{url}/pieces?count=900") == b"x" * 900
+    longest, ended = 0.0, asyncio.Event()
+
+    async def watch() -> None:
+        nonlocal longest
+        while not ended.is_set():
+            before = time.perf_counter()
+            await asyncio.sleep(0)
+            longest = max(longest, time.perf_counter() - before)
+
+    watching = asyncio.create_task(watch())
+    fetches = (refused(fetch(f"{url}/pieces?count=300000"), "pieces of a few bytes") for _ in range(8))
+    await asyncio.gather(*fetches)
+    ended.set()
+    await watching
+    assert longest < 0.4  # 2 s and more where all of them are taken in
+
+
+async def test_names_that_are_not_resolved_in_time_hold_nobody_up(
+    fetch: Fetch, site: tuple[str, list[web.Request]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released, running = threading.Event(), []
+    real = socket.getaddrinfo
+
+    def resolve(host: str, *args: Any, **kwargs: Any) -> list[Any]:
+        if host.startswith("slow"):
+            running.append(host)
+            released.wait(20)
+        return list(real("127.0.0.1", *args, **kwargs))
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    url, _ = site
+    limits = MediaLimits(timeout_s=0.3, allow_private_hosts=True, max_concurrent_fetches=5)
+    with ThreadPoolExecutor(1) as pool:
+        fetcher = MediaFetcher(limits, pool)
+        try:
+            for _ in range(2):
+                names = [fetcher.fetch(f"http://slow{number}.example/x") for number in range(4)]
+                for error in await asyncio.gather(*names, return_exceptions=True):
+                    assert isinstance(error, MediaError) and "within 0.3 s" in str(error)
+                if len(running) == 4:  # the fifth thread is free
+                    assert await fetcher.fetch(url.replace("127.0.0.1", "quick.example") + "/image") == CONTENTS
+            # What nobody waits for any more still has its thread: no more are begun than there are.
+            assert len(running) <= 5
+            released.set()
+            await asyncio.sleep(0.1)
+            assert await fetcher.fetch(url.replace("127.0.0.1", "quick.example") + "/image") == CONTENTS
+        finally:
+            released.set()
+            await fetcher.aclose()
+
+
+async def test_no_proxy_and_no_password_of_the_environment(
+    fetch: Fetch, site: tuple[str, list[web.Request]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    url, seen = site
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert await fetch(f"{url}/image") == CONTENTS
+    assert "Authorization" not in seen[0].headers and "Cookie" not in seen[0].headers
+
+
 @pytest.mark.parametrize("code", [204, 403, 404, 500])
 async def test_status_is_told(fetch: Fetch, site: tuple[str, list[web.Request]], code: int) -> None:
     await refused(fetch(f"{site[0]}/status?code={code}"), str(code))
@@ -193,6 +270,15 @@ async def test_bad_urls(fetch: Fetch, url: str) -> None:
 
 async def test_connection_refused_is_told(fetch: Fetch) -> None:
     await refused(fetch("http://127.0.0.1:1/"), "connection failed")
+
+
+@pytest.mark.parametrize("filling", [";", "ab;", "image/png;base64;"])
+async def test_data_urls_whose_head_does_not_end(fetch: Fetch, filling: str) -> None:
+    url = "data:" + filling * (20_000_000 // len(filling))
+    started = time.perf_counter()
+    await refused(fetch(url), "must look like")
+    await refused(fetch(url + ",AAAA"), "must look like")
+    assert time.perf_counter() - started < 0.5
 
 
 async def test_data_urls(fetch: Fetch) -> None:

@@ -594,6 +594,19 @@ def test_priority_order() -> None:
     assert list(engine.finished) == ["r2", "r1", "r3", "r0"]
 
 
+def test_nobody_is_starved_by_those_of_higher_priority() -> None:
+    """However important a request calls itself, it does not overtake what came half a minute earlier."""
+    engine = Engine(max_num_seqs=1)
+    engine.add(make("r0", [1, 2]))
+    for number in (20, 40):
+        engine.add(make(f"r{number}", [1, number], priority=-(2**31)))
+    engine.add(make("r100", [1, 3]))
+    engine.add(make("r120", [1, 4], priority=2**31 - 1))
+    engine.add(make("r160", [1, 5]))
+    engine.run()
+    assert list(engine.finished) == ["r20", "r0", "r40", "r100", "r120", "r160"]
+
+
 def test_running_requests_come_before_waiting_ones() -> None:
     engine = Engine(max_num_batched_tokens=4)
     engine.add(make("r1", [1, 2]))
