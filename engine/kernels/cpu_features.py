@@ -27,6 +27,18 @@ def multiplies_in(dtype: torch.dtype) -> bool:
     return any(capabilities.get(name) for name in names)
 
 
+def multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies few rows as fast as can be: in half precision where there are instructions for it, else
+    where vectors have 512 bits. Measured on an Intel Xeon with AMX, and on an AMD EPYC without any of it.
+    """
+    return multiplies_in(dtype) if dtype.itemsize == 2 else _has_wide_vectors()
+
+
+@lru_cache(maxsize=1)
+def _has_wide_vectors() -> bool:
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
 def _capabilities() -> dict[str, Any]:
     """Newer versions of torch tell everything; older ones only this much, and only by private functions."""
     if hasattr(torch.cpu, "get_capabilities"):

@@ -68,7 +68,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         {"structured_outputs": {"json": {"required": [f"a{n}" for n in range(90_000)]}}},
         "structured_outputs", "at most 262144",
     ),
-    "deep text": ({"structured_outputs": {"json": "[" * 200_000}}, "structured_outputs", "no valid JSON"),
+    "deep text": ({"structured_outputs": {"json": "[" * 30_000}}, "structured_outputs", "no valid JSON"),
     "two kinds": ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "exactly one"),
     "no kind": ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
     "unknown key": ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "structural_tag"),

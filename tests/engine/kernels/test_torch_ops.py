@@ -14,6 +14,7 @@ HALVES = [torch.bfloat16, torch.float16]
 @pytest.fixture(params=[False, True])
 def has_instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setattr(torch_ops, "multiplies_in", lambda dtype: request.param or dtype == torch.float32)
+    monkeypatch.setattr(torch_ops, "multiplies_fast", lambda dtype: request.param)
     return bool(request.param)
 
 
@@ -69,6 +70,16 @@ def test_half_precision_by_what_the_processor_says(
     monkeypatch.setattr(cpu_features, "_capabilities", lambda: capabilities)
     asked = cpu_features.multiplies_in.__wrapped__
     assert (asked(torch.bfloat16), asked(torch.float16)) == (bfloat16, float16)
+
+
+@pytest.mark.parametrize(("vectors", "expected"), [("AVX2", False), ("AVX512", True), ("NO AVX", False)])
+def test_float32_by_the_width_of_vectors(vectors: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    monkeypatch.setattr(cpu_features, "multiplies_in", lambda dtype: dtype == torch.bfloat16)
+    cpu_features._has_wide_vectors.cache_clear()
+    found = [cpu_features.multiplies_fast(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    cpu_features._has_wide_vectors.cache_clear()
+    assert found == [expected, True, False]
 
 
 def test_older_torch_is_asked_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
