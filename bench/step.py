@@ -62,7 +62,7 @@ class StepBench:
         if prompt:
             self._add(step, prompt, 0)
         runner.execute(step).result()
-        again = SchedulerOutput(requests=[self._again(part) for part in step.requests])
+        again = SchedulerOutput(requests=step.requests)
         self._repeat(again, _WARM_UP * self._seconds)
         joules, started = self._joules(), time.perf_counter()
         count = self._repeat(again, self._seconds)
@@ -85,9 +85,6 @@ class StepBench:
         step.requests.append(ScheduledRequest(name, start, length - start, True, [], num_output_tokens=0))
         self._names.append(name)
         self._next_block += count
-
-    def _again(self, part: ScheduledRequest) -> ScheduledRequest:
-        return ScheduledRequest(part.request_id, part.start, part.num_tokens, True, [], num_output_tokens=0)
 
     def _repeat(self, step: SchedulerOutput, seconds: float) -> int:
         """Launch as the engine does, one step ahead."""
@@ -114,12 +111,15 @@ def weight_bytes(runner: ModelRunner) -> int:
 
 
 def read_speed(device: torch.device) -> float:
-    """Bytes a second of a sum over 4 GB, on a CPU over 400 MB."""
-    data = torch.ones((4000 if device.type == "cuda" else 400) * 250_000, device=device)
-    seconds = []
+    """Bytes a second of a large sum."""
+    if device.type == "cuda":
+        from bench.kernels import bandwidth  # triton is installed with CUDA builds of torch only
+
+        return bandwidth()
+    data, seconds = torch.ones(100_000_000), []
     for _ in range(5):
         started = time.perf_counter()
-        data.sum().item()
+        data.sum()
         seconds.append(time.perf_counter() - started)
     return data.nbytes / min(seconds)
 

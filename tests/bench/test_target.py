@@ -47,7 +47,7 @@ async def test_no_model(body: str) -> None:
     async with TestServer(app) as server:
         with pytest.raises(
             RuntimeError,
-            match="does not name a model .*: start a server, ",
+            match="does not name a model .*: start a server, name another with --base-url, or give --model",
         ):
             async with connect(str(server.make_url("/"))):
                 raise AssertionError("it connected")
