@@ -11,8 +11,10 @@ from torch import Tensor
 
 from engine.kernels.cpu_tasks import STORED_AS, Task, array_at, compile_task, exp, thread_count, thread_number, wide
 
-_TASKS_PER_THREAD = 2
-"""At least, so that none waits long for another one."""
+_PART = 128
+"""Positions of a sequence that a thread attends to at once, at most. How it is cut depends on its length alone, and the
+parts are merged in their order: an answer is the same whatever is computed beside it.
+"""
 
 
 def works_on(cache: Tensor) -> bool:
@@ -38,50 +40,65 @@ def decode_attention(
         (R, heads, head_dim), of the queries' type.
     """
     num_requests, heads, head_dim = query.shape
-    _, num_blocks, block_size, kv_heads, _ = cache.shape
-    threads = torch.get_num_threads()
-    # Few sequences are cut into parts, so that every thread has something to do; their results are merged.
-    parts = -(-_TASKS_PER_THREAD * threads // num_requests)
     wide_query = query.float() * scale
-    outputs = torch.zeros(num_requests, parts, heads, head_dim)
-    weights = torch.empty(num_requests, parts, heads)
-    scores = torch.empty(threads, heads, -(-int(ends.max()) // parts))
-    _task(cache.dtype)(
-        wide_query.data_ptr(), outputs.data_ptr(), weights.data_ptr(), cache.data_ptr(), block_table.data_ptr(),
-        rows.data_ptr(), firsts.data_ptr(), ends.data_ptr(), scores.data_ptr(), num_requests, parts, heads, head_dim,
-        num_blocks, block_size, kv_heads, *block_table.shape, threads, scores.shape[2],
+    parts = int((-(-(ends - firsts) // _PART)).sum())
+    parted, logs = torch.zeros(parts, heads, head_dim), torch.empty(parts, heads)
+    scores = torch.empty(torch.get_num_threads(), heads, _PART)
+    output = torch.zeros(num_requests, heads, head_dim)
+    attend, merge = _tasks(cache.dtype)
+    shape = num_requests, heads, head_dim, parts
+    attend(
+        *shape, firsts.data_ptr(), ends.data_ptr(), parted.data_ptr(), logs.data_ptr(), wide_query.data_ptr(),
+        cache.data_ptr(), block_table.data_ptr(), rows.data_ptr(), scores.data_ptr(), *cache.shape[1:4],
+        *block_table.shape, len(scores),
     )  # fmt: skip
-    if parts > 1:
-        outputs = (outputs * weights.softmax(1).unsqueeze(-1)).sum(1)
-    return outputs.view(query.shape).to(query.dtype)
+    merge(
+        *shape, firsts.data_ptr(), ends.data_ptr(), parted.data_ptr(), logs.data_ptr(), output.data_ptr(),
+        numbers=parted.numel(),
+    )  # fmt: skip
+    return output.to(query.dtype)
 
 
 @functools.cache
-def _task(dtype: torch.dtype) -> Task:
+def _tasks(dtype: torch.dtype) -> tuple[Task, Task]:
+    """What attends to the parts, and what merges them."""
     stored = STORED_AS[dtype]
 
-    def task(a: Any) -> None:
-        num_requests, parts, heads, head_dim = a[9], a[10], a[11], a[12]
-        query = array_at(a[0], (num_requests, heads, head_dim), np.float32)
-        outputs = array_at(a[1], (num_requests, parts, heads, head_dim), np.float32)
-        weights = array_at(a[2], (num_requests, parts, heads), np.float32)
-        cache = array_at(a[3], (2, a[13], a[14], a[15], head_dim), stored)
-        block_table = array_at(a[4], (a[16], a[17]), np.int32)
-        rows = array_at(a[5], (num_requests,), np.int64)
-        firsts = array_at(a[6], (num_requests,), np.int64)
-        ends = array_at(a[7], (num_requests,), np.int64)
-        scores = array_at(a[8], (a[18], heads, a[19]), np.float32)[thread_number()]
-        for number in range(thread_number(), num_requests * parts, thread_count()):
-            i, part = number // parts, number % parts
-            length = ends[i] - firsts[i]
-            first, end = firsts[i] + length * part // parts, firsts[i] + length * (part + 1) // parts
-            blocks = block_table[rows[i]]
-            _score(query[i], cache[0], blocks, first, end, scores)
-            for q in range(heads):
-                weights[i, part, q] = _softmax(scores[q, : end - first])
-            _weigh(outputs[i, part], cache[1], blocks, first, end, scores)
+    def attend(a: Any) -> None:
+        num_requests, heads, head_dim, parts = a[0], a[1], a[2], a[3]
+        firsts, ends = array_at(a[4], (num_requests,), np.int64), array_at(a[5], (num_requests,), np.int64)
+        parted, logs = array_at(a[6], (parts, heads, head_dim), np.float32), array_at(a[7], (parts, heads), np.float32)
+        query = array_at(a[8], (num_requests, heads, head_dim), np.float32)
+        cache = array_at(a[9], (2, a[13], a[14], a[15], head_dim), stored)
+        block_table = array_at(a[10], (a[16], a[17]), np.int32)
+        rows = array_at(a[11], (num_requests,), np.int64)
+        scores = array_at(a[12], (a[18], heads, _PART), np.float32)[thread_number()]
+        number = 0
+        for i in range(num_requests):
+            length, blocks = ends[i] - firsts[i], block_table[rows[i]]
+            count = (length + _PART - 1) // _PART
+            for part in range(count):
+                if number % thread_count() == thread_number():
+                    first, end = firsts[i] + length * part // count, firsts[i] + length * (part + 1) // count
+                    _score(query[i], cache[0], blocks, first, end, scores)
+                    for q in range(heads):
+                        logs[number, q] = _softmax(scores[q, : end - first])
+                    _weigh(parted[number], cache[1], blocks, first, end, scores)
+                number += 1
 
-    return compile_task(task)
+    def merge(a: Any) -> None:
+        num_requests, heads, head_dim, parts = a[0], a[1], a[2], a[3]
+        firsts, ends = array_at(a[4], (num_requests,), np.int64), array_at(a[5], (num_requests,), np.int64)
+        parted, logs = array_at(a[6], (parts, heads, head_dim), np.float32), array_at(a[7], (parts, heads), np.float32)
+        output = array_at(a[8], (num_requests, heads, head_dim), np.float32)
+        number = 0
+        for i in range(num_requests):
+            end = number + (ends[i] - firsts[i] + _PART - 1) // _PART
+            if i % thread_count() == thread_number():
+                _merge(parted[number:end], logs[number:end], output[i])
+            number = end
+
+    return compile_task(attend), compile_task(merge)
 
 
 @njit(fastmath=True)  # type: ignore[untyped-decorator]
@@ -102,9 +119,7 @@ def _score(query: Any, keys: Any, blocks: Any, first: int, end: int, scores: Any
 
 @njit(fastmath=True)  # type: ignore[untyped-decorator]
 def _softmax(scores: Any) -> Any:
-    """In place; returns the logarithm of what they were divided by, and of no scores a very small number."""
-    if len(scores) == 0:
-        return np.float32(-1e30)
+    """In place; returns the logarithm of what they were divided by."""
     largest, total = scores[0], np.float32(0)
     for score in scores:
         largest = max(largest, score)
@@ -129,3 +144,19 @@ def _weigh(output: Any, values: Any, blocks: Any, first: int, end: int, scores: 
                 total, weight = output[q], scores[q, position - first]
                 for d in range(head_dim):
                     total[d] += weight * wide(value[d])
+
+
+@njit(fastmath=True)  # type: ignore[untyped-decorator]
+def _merge(parted: Any, logs: Any, output: Any) -> None:
+    """The results (parts, heads, head_dim) of one request, each weighed by what its scores were divided by."""
+    for q in range(len(output)):
+        largest, total = logs[0, q], np.float32(0)
+        for part in range(len(parted)):
+            largest = max(largest, logs[part, q])
+        for part in range(len(parted)):
+            weight = exp(logs[part, q] - largest)
+            total += weight
+            for d in range(output.shape[1]):
+                output[q, d] += weight * parted[part, q, d]
+        for d in range(output.shape[1]):
+            output[q, d] /= total

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from engine import LLM, SamplingParams
+from engine.kernels import torch_ops
 from engine.outputs import RequestOutput
 from tests.conftest import MakeCheckpoint
 from tests.random_checkpoint import CheckpointSpec
@@ -67,8 +68,21 @@ def test_near_an_exact_cache(kind: str, checkpoint: MakeCheckpoint, prompts: lis
     assert 1e-4 < sum(differences) / len(differences) < 0.3
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", SPECS)
-def test_the_same_in_every_schedule(kind: str, checkpoint: MakeCheckpoint, prompts: list[dict[str, Any]]) -> None:
+def test_the_same_in_every_schedule(
+    kind: str,
+    compiled: bool,
+    checkpoint: MakeCheckpoint,
+    prompts: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compiled products sum few rows in another order than many: a key between two numbers of 8 bits may be rounded
+    either way.
+    """
+    if not compiled:
+        monkeypatch.setattr(torch_ops, "runs_compiled", lambda: False)
+    tolerance = 1e-2 if compiled else 1e-3
     folder = checkpoint(SPECS[kind])
     llm = load(folder)
     expected = answers(llm, prompts)
@@ -82,6 +96,5 @@ def test_the_same_in_every_schedule(kind: str, checkpoint: MakeCheckpoint, promp
         found = answers(llm, prompts)
         assert tokens(found) == tokens(expected), name
         for one, other in zip(found, expected, strict=True):
-            # A key between two numbers of 8 bits may be rounded either way by the order of a sum.
-            assert logprobs(one) == pytest.approx(logprobs(other), abs=1e-2), name
+            assert logprobs(one) == pytest.approx(logprobs(other), abs=tolerance), name
         assert (llm._core.scheduler.num_preemptions > 0) == (name == "few blocks")

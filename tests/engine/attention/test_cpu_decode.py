@@ -22,7 +22,7 @@ def expected(
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("lengths", [[1], [2], [3, 1, 40], [100], [1, 2, 3, 4, 5, 6, 7], [64, 16, 17, 15]])
+@pytest.mark.parametrize("lengths", [[1], [2], [3, 1, 40], [400], [1, 2, 3, 4, 5, 6, 7], [128, 129, 17, 300]])
 def test_against_gathered(lengths: list[int], dtype: torch.dtype, threads: int) -> None:
     generator = torch.Generator().manual_seed(len(lengths))
     number, longest = len(lengths), -(-max(lengths) // 16)
@@ -42,6 +42,24 @@ def test_against_gathered(lengths: list[int], dtype: torch.dtype, threads: int) 
     tolerance = 2e-6 if dtype == torch.float32 else 2e-2
     wanted = expected(query, cache, table, rows, firsts, ends, 0.3)
     torch.testing.assert_close(found.double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+def test_alone_as_in_a_batch() -> None:
+    """Digit for digit, on any number of threads."""
+    generator = torch.Generator().manual_seed(1)
+    ends, before = torch.tensor([500, 3, 129, 300, 128]), torch.get_num_threads()
+    cache = torch.randn(2, 160, 16, 2, 24, generator=generator)
+    table = torch.randperm(160, generator=generator).int().view(5, 32)
+    query, rows, firsts = torch.randn(5, 4, 24, generator=generator), torch.arange(5), torch.zeros(5, dtype=torch.int64)
+    together = decode_attention(query, cache, table, rows, firsts, ends, scale=0.3)
+    torch.set_num_threads(3)
+    try:
+        for i in range(5):
+            one = slice(i, i + 1)
+            alone = decode_attention(query[one], cache, table, rows[one], firsts[one], ends[one], scale=0.3)
+            assert torch.equal(alone, together[one])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_scores_far_apart() -> None:
