@@ -102,7 +102,7 @@ async def _before(state: ServerState, body: ResponsesRequest, owner: bytes, show
     with _missing(400, "previous_response_id", body.previous_response_id, code="previous_response_not_found"):
         earlier = state.responses.conversation(owner, body.previous_response_id)
     texts = [text for response in earlier for text in (response.input, response.output)]
-    check_size(state, "the conversation", *texts, shown)
+    await state.in_text_pool(check_size, state, "the conversation", *texts, shown)
     return await state.in_text_pool(_turns, earlier)
 
 

@@ -51,6 +51,7 @@ _CONTINUED_AT_ONCE = 4
 # One request's images are fetched and decoded so many at a time, and leave room for others'.
 _IMAGES_AT_ONCE = 8
 
+_COUNTED_AT_ONCE = 1 << 20
 # Bodies above this many bytes are parsed in a thread, so that others' tokens do not wait for it.
 _PARSED_AT_ONCE = 64 << 10
 
@@ -203,7 +204,6 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     size = len(body)
     if not body:
         raise ApiError(400, "the body is empty: send a JSON object")
-    check_size(state_of(request), "the body", body)
     if size <= _PARSED_AT_ONCE:
         return kind.model_validate_json(body)
     return await asyncio.to_thread(kind.model_validate_json, body)
@@ -211,6 +211,7 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
 
 async def _read(request: Request, limit: int) -> bytes:
     state = state_of(request)
+    count = _JsonCount(state, "the body")
     chunks, size = [], 0
     try:
         async for chunk in request.stream():
@@ -220,6 +221,7 @@ async def _read(request: Request, limit: int) -> bytes:
                 raise _too_large(limit)
             if state.body_bytes > _BODIES_AT_ONCE * limit:
                 raise ApiError(503, "too many large requests are coming in: try again later")
+            count.add(chunk)
             chunks.append(chunk)
     finally:
         state.body_bytes -= size
@@ -227,19 +229,38 @@ async def _read(request: Request, limit: int) -> bytes:
 
 
 def check_size(state: ServerState, what: str, *texts: bytes) -> None:
-    """Look at the size of JSON before it is parsed; `what` the texts are together, for the message.
+    """Look at the size of JSON before it is parsed; `what` the texts are together, for the message. For a thread, where
+    they may be large.
 
     Raises:
         ApiError: 413 above the limit of bytes, 400 above those of values.
     """
     if sum(map(len, texts)) > state.args.max_request_bytes:
         raise _too_large(state.args.max_request_bytes, what)
-    most = _VALUES + _VALUES_PER_TOKEN * state.inputs.max_model_len
-    if sum(text.count(b",") for text in texts) > most:
-        raise ApiError(400, f"{what} holds more than {most} JSON values (counted by its commas)")
-    most = _CONTAINERS + state.inputs.max_model_len
-    if sum(text.count(b"[") + text.count(b"{") for text in texts) > most:
-        raise ApiError(400, f"{what} holds more than {most} lists and objects (counted by its brackets)")
+    count = _JsonCount(state, what)
+    for text in texts:
+        for start in range(0, len(text), _COUNTED_AT_ONCE):
+            count.add(text[start : start + _COUNTED_AT_ONCE])
+
+
+class _JsonCount:
+    """What JSON holds, counted piece by piece before it is parsed."""
+
+    def __init__(self, state: ServerState, what: str) -> None:
+        self._what = what
+        self._values = _VALUES + _VALUES_PER_TOKEN * state.inputs.max_model_len
+        self._containers = _CONTAINERS + state.inputs.max_model_len
+        self._commas = self._brackets = 0
+
+    def add(self, piece: bytes) -> None:
+        """Raises `ApiError` 400 when there are too many."""
+        self._commas += piece.count(b",")
+        self._brackets += piece.count(b"[") + piece.count(b"{")
+        if self._commas > self._values:
+            raise ApiError(400, f"{self._what} holds more than {self._values} JSON values (counted by its commas)")
+        if self._brackets > self._containers:
+            many = f"{self._containers} lists and objects (counted by its brackets)"
+            raise ApiError(400, f"{self._what} holds more than {many}")
 
 
 def _too_large(limit: int, what: str = "the body") -> ApiError:

@@ -3,10 +3,12 @@
 import json
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +247,29 @@ def test_openai_client_with_a_key(locked: Server) -> None:
         wrong.models.list()
     assert "flag-key" not in locked.stderr + locked.stdout
     assert "POST" not in locked.stderr  # --disable-log-requests
+
+
+def test_bodies_that_come_in_together_take_no_more_than_four_of_the_largest(
+    launch: Launch, checkpoint: MakeCheckpoint
+) -> None:
+    limit = 100_000
+    server = launch(checkpoint(), "--max-request-bytes", str(limit))
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {limit}\r\n\r\n".encode()
+    address = httpx.URL(server.url)
+    question = {"messages": [user("Hi")], "max_tokens": 1}
+    with ExitStack() as stack:
+        for _ in range(4):
+            client = stack.enter_context(socket.create_connection((address.host, address.port)))
+            client.sendall(head + b" " * (limit - 1))
+        end = time.monotonic() + 10
+        while (refused := server.post(CHAT, question)).status_code == 200:
+            assert time.monotonic() < end
+        assert "large requests" in error_of(refused, 503)["message"]
+        assert int(refused.headers["retry-after"]) > 0
+        assert server.get("/health").status_code == 200
+    end = time.monotonic() + 10
+    while server.post(CHAT, question).status_code != 200:
+        assert time.monotonic() < end
 
 
 def test_a_full_queue_and_an_orderly_end(launch: Launch, checkpoint: MakeCheckpoint) -> None:

@@ -380,6 +380,12 @@ def test_what_is_not_available_says_so(server: Server, fields: dict[str, Any], p
     check_error(create(server, **fields), param, "not available", param)
 
 
+@pytest.mark.parametrize("described", [[1], "x", {"schema": 5}, None])
+def test_a_schema_that_is_not_used_may_be_anything(server: Server, described: Any) -> None:
+    response = answer(server, response_format={"type": "text", "json_schema": described})
+    assert response.text is not None and response.text.format is not None and response.text.format.type == "text"
+
+
 def test_fields_without_effect(server: Server) -> None:
     fields = {
         "background": False, "tools": [], "tool_choice": "none", "truncation": "disabled", "n": 1, "include": [],
