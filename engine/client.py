@@ -214,7 +214,7 @@ class AsyncEngine:
             grammar: made by `inputs.grammar`; likewise.
             arrival_time: when the client asked, in seconds of `time.monotonic()`; by default now.
             priority: lower is served first.
-            cache_salt: prompts share cached prefixes only with those of the same salt.
+            cache_salt: prompts and images share what is cached only with those of the same salt.
             request_id: for the log; must be unique.
 
         Raises:

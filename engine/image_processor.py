@@ -184,6 +184,11 @@ def image_hash(array: npt.NDArray[Any], key: bytes) -> bytes:
     return digest.digest()
 
 
+def salted(digest: bytes, cache_salt: str) -> bytes:
+    """Identity of an image among those of a salt: who has another must not find by its speed that it was here."""
+    return hashlib.sha256(digest + cache_salt.encode("utf-8", "surrogatepass")).digest() if cache_salt else digest
+
+
 def _scaled_size(size: tuple[int, int], shortest_edge: int) -> tuple[int, int]:
     """Width and height once the shorter side is ``shortest_edge``; the longer one is truncated, as in the reference."""
     width, height = size

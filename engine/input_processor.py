@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from engine.config import EngineConfig, VisionConfig
 from engine.errors import ModelLoadError, count_of, one_line
-from engine.image_processor import image_hash
+from engine.image_processor import image_hash, salted
 from engine.messages import EngineRequest, ImageInput
 from engine.multimodal import ImageFeatureData, ImagePixelData
 from engine.sampling_params import SamplingParams
@@ -228,6 +228,7 @@ class InputProcessor:
         bad_words = self.bad_words(params) if bad_words is None else bad_words
         seed = self._random.getrandbits(62) if params.seed is None else params.seed
         name = request_id or f"request-{next(self._numbers)}"
+        images = [replace(image, hash=salted(image.hash, cache_salt)) for image in prompt.images]
         return [
             EngineRequest(
                 request_id=f"{name}/{index}",
@@ -236,7 +237,7 @@ class InputProcessor:
                 max_tokens=max_tokens,
                 seed=(seed + index + 2**63) % 2**64 - 2**63,
                 eos_token_ids=self.config.eos_token_ids,
-                images=prompt.images,
+                images=images,
                 priority=priority,
                 arrival_time=arrival_time,
                 cache_salt=cache_salt,

@@ -44,7 +44,7 @@ async def create_chat_completion(request: Request) -> Response:
     state = state_of(request)
     body = await read_body(request, ChatCompletionRequest)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(state.open_request())
+        await stack.enter_async_context(state.open_request(request))
         chat = await unless_client_goes(request, start_chat(state, body, arrived))
         stack.callback(chat.abort)
         if not body.stream:

@@ -44,7 +44,7 @@ async def create_completion(request: Request) -> Response:
     state = state_of(request)
     body = await read_body(request, CompletionRequest)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(state.open_request())
+        await stack.enter_async_context(state.open_request(request))
         completion = await unless_client_goes(request, _start(state, body, arrived))
         stack.callback(completion.abort)
         if not body.stream:

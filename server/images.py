@@ -11,7 +11,9 @@ from concurrent.futures import Executor
 from PIL import Image
 
 from engine.image_decode import decode_image
+from engine.image_processor import salted
 from engine.input_processor import PreparedImage
+from server.turns import Turns
 
 _REMEMBERED_BYTES = 128 << 20
 """Of prepared images; some 400 of them of 336 x 336 pixels."""
@@ -23,6 +25,7 @@ class ImagePreparer:
     Args:
         prepare: from a decoded image to a prepared one; called in several threads at a time.
         executor: where the work is done.
+        at_once: images that are worked on at a time; as many as the executor has threads.
         max_pixels: of an image.
         on_decode: told how many seconds each decoding took.
         on_prepare: the same of each call of `prepare`.
@@ -34,6 +37,7 @@ class ImagePreparer:
         prepare: Callable[[Image.Image], PreparedImage],
         executor: Executor,
         *,
+        at_once: int,
         max_pixels: int,
         on_decode: Callable[[float], None],
         on_prepare: Callable[[float], None],
@@ -41,6 +45,7 @@ class ImagePreparer:
     ) -> None:
         self._prepare = prepare
         self._executor = executor
+        self._turns = Turns(at_once)
         self._max_pixels = max_pixels
         self._on_decode = on_decode
         self._on_prepare = on_prepare
@@ -48,17 +53,18 @@ class ImagePreparer:
         self._remembered: OrderedDict[bytes, PreparedImage] = OrderedDict()
         self._lock = threading.Lock()
 
-    async def prepare(self, data: bytes) -> PreparedImage:
-        """Prepare an encoded image.
+    async def prepare(self, data: bytes, cache_salt: str | None = None) -> PreparedImage:
+        """Prepare an encoded image, unless one of the same salt is remembered.
 
         Raises:
             ImageError: it cannot be decoded.
             ValueError: it cannot be prepared.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._work, data)
+        async with self._turns.turn():
+            return await asyncio.get_running_loop().run_in_executor(self._executor, self._work, data, cache_salt or "")
 
-    def _work(self, data: bytes) -> PreparedImage:
-        digest = hashlib.sha256(data).digest()
+    def _work(self, data: bytes, cache_salt: str) -> PreparedImage:
+        digest = salted(hashlib.sha256(data).digest(), cache_salt)
         with self._lock:
             if digest in self._remembered:
                 self._remembered.move_to_end(digest)

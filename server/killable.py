@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from engine.errors import QueueFullError
+from server.turns import Turns
 
 _START_SECONDS = 60.0
 """For a new process to import what it needs."""
@@ -33,16 +33,14 @@ class KillableWorker:
         make_work: called in the process; gives the function that does the work.
         args: of `make_work`.
         seconds: that one piece of work may take.
-        most: pieces that may wait or be done at once.
+        most: pieces that may wait or be done at once; see `Turns`.
     """
 
     def __init__(self, make_work: Callable[..., Work], *args: Any, seconds: float, most: int) -> None:
         self._make_work = make_work
         self._args = args
         self._seconds = seconds
-        self._most = most
-        self._num_here = 0
-        self._one_at_a_time = asyncio.Lock()
+        self._turns = Turns(1, most=most)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="killable")
         self._process: BaseProcess | None = None
         self._connection: Connection
@@ -57,14 +55,8 @@ class KillableWorker:
             QueueFullError: too many wait already.
             RuntimeError: there is no process to do it.
         """
-        if self._num_here >= self._most:
-            raise QueueFullError
-        self._num_here += 1
-        try:
-            async with self._one_at_a_time:
-                result, error = await self._in_thread(args)
-        finally:
-            self._num_here -= 1
+        async with self._turns.turn():
+            result, error = await self._in_thread(args)
         if error is not None:
             raise ValueError(error)
         return result

@@ -20,6 +20,8 @@ from urllib.parse import unquote
 
 import httpx
 
+from server.turns import Turns
+
 _MAX_URL_LENGTH = 8192
 _DECODED_AT_ONCE = 64 << 10
 _FREE_PIECES = 1000
@@ -67,7 +69,7 @@ class MediaFetcher:
         self._limits = limits
         self._executor = executor
         self._on_fetch = on_fetch
-        self._slots = asyncio.Semaphore(limits.max_concurrent_fetches)
+        self._turns = Turns(limits.max_concurrent_fetches)
         self._lookups = asyncio.Semaphore(limits.max_concurrent_fetches)
         """Held until a look-up has ended, not only until nobody waits for it any more."""
         self._resolvers = ThreadPoolExecutor(limits.max_concurrent_fetches, thread_name_prefix="resolve")
@@ -98,7 +100,7 @@ class MediaFetcher:
         if scheme == "file":
             return await self._in_thread(self._read_file, url)
         started = time.monotonic()
-        async with self._slots:
+        async with self._turns.turn():
             try:
                 async with asyncio.timeout(self._limits.timeout_s):
                     data = await self._fetch_http(url)

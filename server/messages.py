@@ -37,7 +37,7 @@ async def create_message(request: Request) -> Response:
     state = state_of(request)
     body = await read_body(request, MessagesRequest)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(state.open_request())
+        await stack.enter_async_context(state.open_request(request))
         chat = await unless_client_goes(request, _start(state, body, arrived))
         stack.callback(chat.abort)
         reply = Reply(chat)
@@ -55,7 +55,7 @@ async def count_tokens(request: Request) -> dict[str, int]:
     state = state_of(request)
     body = await read_body(request, CountTokensRequest)
     state.check_model(body.model)
-    async with state.open_request():
+    async with state.open_request(request):
         return {"input_tokens": await unless_client_goes(request, _count(state, body))}
 
 

@@ -101,7 +101,7 @@ async def chat_prompt(state: ServerState, body: ChatCompletionRequest) -> Proces
         state.inputs.check_image_count(len(urls))
         use_tools = body.tools and body.tool_choice != "none"
         token_ids = await render(state, body, plain_tools(body.tools) if use_tools else None)
-        images = await state.load_images(urls)
+        images = await state.load_images(urls, body.cache_salt)
         return await state.in_text_pool(_process, state, token_ids, images, body.truncate_prompt_tokens)
 
 

@@ -49,7 +49,7 @@ async def create_response(request: Request) -> Response:
     state = state_of(request)
     body = await read_body(request, ResponsesRequest)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(state.open_request())
+        await stack.enter_async_context(state.open_request(request))
         reply = await unless_client_goes(request, _start(state, body, _owner(request), arrived))
         stack.callback(reply.abort)
         if not body.stream:

@@ -132,7 +132,8 @@ def _state(engine: AsyncEngine, args: ServerArgs, traces: "Traces | None" = None
     if source is None:
         logger.warning("the model has no chat template: chat requests will be refused (see --chat-template)")
     metrics = Metrics(engine.config.served_names[0], lambda: engine.stats)
-    image_pool = ThreadPoolExecutor(os.cpu_count() or 4, thread_name_prefix="image")
+    processors = os.cpu_count() or 4
+    image_pool = ThreadPoolExecutor(processors, thread_name_prefix="image")
     limits = MediaLimits(
         timeout_s=fetch_timeout(),
         max_image_bytes=args.max_image_bytes,
@@ -149,6 +150,7 @@ def _state(engine: AsyncEngine, args: ServerArgs, traces: "Traces | None" = None
         images=ImagePreparer(
             engine.inputs.prepare_image,
             image_pool,
+            at_once=processors,
             max_pixels=args.max_image_pixels,
             on_decode=metrics.image_decoded,
             on_prepare=metrics.image_prepared,

@@ -26,6 +26,7 @@ from server.killable import KillableWorker
 from server.media import MediaFetcher
 from server.metrics import Metrics
 from server.response_store import ResponseStore
+from server.turns import CLIENT, client_of
 from server.version import program_version
 
 if TYPE_CHECKING:
@@ -114,10 +115,11 @@ class ServerState:
         raise ApiError(404, message, param="model", code="model_not_found")
 
     @asynccontextmanager
-    async def open_request(self) -> AsyncIterator[None]:
+    async def open_request(self, request: Request) -> AsyncIterator[None]:
         """Count a request as running until it is answered; refuses it while the server shuts down."""
         if self.draining:
             raise ApiError(503, "the server is shutting down")
+        CLIENT.set(client_of(request.scope))
         self.num_open += 1
         try:
             yield
@@ -150,7 +152,7 @@ class ServerState:
             raise ValueError(f"{field}: {str(error).removeprefix('structured_outputs: ')}") from None
         return source
 
-    async def load_images(self, urls: list[str]) -> list[PreparedImage]:
+    async def load_images(self, urls: list[str], cache_salt: str | None = None) -> list[PreparedImage]:
         """Fetch, decode and prepare images, all at once; the first failure ends the others."""
         if not urls:
             return []
@@ -166,7 +168,7 @@ class ServerState:
                     with notes.stage("fetch_image"):
                         data = await self.media.fetch(url)
                     with notes.stage("prepare_image"):
-                        return await self.images.prepare(data)
+                        return await self.images.prepare(data, cache_salt)
                 except ValueError as error:
                     which = f"image {number} of {len(urls)}: " if len(urls) > 1 else ""
                     raise ValueError(f"{which}{error}") from error

@@ -27,7 +27,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
     kind = TokenizeChatRequest if "messages" in raw else TokenizeTextRequest
     body = kind.model_validate(raw)
     state.check_model(body.model)
-    async with state.open_request():
+    async with state.open_request(request):
         with blaming("messages" if isinstance(body, TokenizeChatRequest) else "prompt"):
             tokens = await _tokens(state, body)
     names = state.inputs.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
@@ -45,7 +45,7 @@ async def detokenize(request: Request) -> dict[str, str]:
     state = state_of(request)
     body = await read_body(request, DetokenizeRequest)
     state.check_model(body.model)
-    async with state.open_request():
+    async with state.open_request(request):
         with blaming("tokens"):
             return {"prompt": await state.in_text_pool(state.inputs.decode, body.tokens)}
 

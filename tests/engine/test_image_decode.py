@@ -66,6 +66,14 @@ def test_pixels_are_checked_from_the_header(monkeypatch: pytest.MonkeyPatch) -> 
         decode_image(data, max_pixels=LIMIT)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])  # of which one has its size in a head of its own
+def test_webp_may_have_half_of_the_default(mode: str) -> None:
+    """What PIL copies in one go holds up all threads."""
+    data = encoded(Image.new(mode, (8192, 4097)), "WEBP", lossless=True, quality=0, method=0)
+    with pytest.raises(ImageError, match=r"8192x4097.*33554432"):
+        decode_image(data, max_pixels=1 << 26)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_orientation_is_applied(kind: str, orientation: int) -> None:

@@ -90,7 +90,7 @@ async def test_what_kills_the_process(checker: GrammarChecker, monkeypatch: pyte
 
 
 async def test_no_more_wait_than_may(checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checker._worker, "_most", 2)
+    monkeypatch.setattr(checker._worker._turns, "_most", 2)
     results = await asyncio.gather(*(checker.check(source({"const": i})) for i in range(5)), return_exceptions=True)
     assert [type(result) for result in results].count(QueueFullError) == 3
     await checker.check(source({"const": 9}))
@@ -100,7 +100,7 @@ async def test_no_more_wait_than_may(checker: GrammarChecker, monkeypatch: pytes
 async def test_many_that_ask_for_the_same_wait_for_one_check(
     checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checker._worker, "_most", 1)
+    monkeypatch.setattr(checker._worker._turns, "_most", 1)
     await asyncio.gather(*(checker.check(source(GOOD)) for _ in range(100)))
 
 

@@ -14,6 +14,7 @@ from engine.image_decode import ImageError
 from engine.input_processor import PreparedImage
 from server.images import ImagePreparer
 from server.state import ServerState
+from server.turns import CLIENT
 
 SIZE = 1000
 """Bytes of each prepared image."""
@@ -35,6 +36,7 @@ class Preparer(ImagePreparer):
         super().__init__(
             self._count,
             executor,
+            at_once=2,
             max_pixels=10**6,
             on_decode=self.times.append,
             on_prepare=self.prepare_times.append,
@@ -78,11 +80,25 @@ async def test_failures_are_not_remembered(executor: Executor) -> None:
     assert not preparer.times and not preparer.prepare_times
 
 
+async def test_clients_take_turns(tmp_path: Path, executor: Executor) -> None:
+    preparer = Preparer(executor, remembered=0)
+
+    async def ask(client: str, width: int) -> None:
+        CLIENT.set((client,))
+        await preparer.prepare(encoded(tmp_path, width))
+
+    many = [asyncio.create_task(ask("many", width)) for width in range(1, 20)]
+    await asyncio.sleep(0)
+    await ask("one", 99)
+    await asyncio.gather(*many)
+    assert len(preparer.seen) == 20 and preparer.seen.index((99, 10)) < 6
+
+
 async def test_one_request_leaves_room_for_others() -> None:
     """However many images it has, some are loaded at a time, in order."""
     now, most = 0, 0
 
-    async def prepare(data: str) -> str:
+    async def prepare(data: str, cache_salt: str | None) -> str:
         nonlocal now, most
         now, most = now + 1, max(most, now + 1)
         await asyncio.sleep(0.001)

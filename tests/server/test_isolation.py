@@ -136,6 +136,11 @@ def test_there_was_a_crowd(server: Server) -> None:
 SALTS = [None, "a", "b", "ab", "a\0", "\0a", "A", " a", "null", "None", "a" * 256, "a" * 255, "é", "e\u0301"]
 
 
+def picture_work(server: Server) -> list[float]:
+    """Pictures decoded, and encoded, so far."""
+    return [server.metric(name) for name in ("vllm:image_decode_seconds_count", "vllm:image_encoder_images_total")]
+
+
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
 def test_nobody_finds_what_another_salt_cached(server: Server, path: str) -> None:
     """Each salt finds its own prompt the second time only, pictures among it."""
@@ -150,8 +155,11 @@ def test_nobody_finds_what_another_salt_cached(server: Server, path: str) -> Non
             "max_output_tokens": 1, "instructions": "Look."},
     }[path]  # fmt: skip
     for salt in SALTS:
-        found = []
+        found, work = [], []
         for _ in range(2):
+            before = picture_work(server)
             usage = server.post(path, {**inputs, "cache_salt": salt}).json()["usage"]
             found.append((usage.get("prompt_tokens_details") or usage["input_tokens_details"])["cached_tokens"])
+            work.append([after - earlier for earlier, after in zip(before, picture_work(server), strict=True)])
         assert found[0] == 0 < found[1], salt
+        assert work == [[0, 0] if path == "/v1/completions" else [1, 1], [0, 0]], salt

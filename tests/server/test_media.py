@@ -16,6 +16,7 @@ import pytest
 from aiohttp import web
 
 from server.media import MediaError, MediaFetcher, MediaLimits, is_public
+from server.turns import CLIENT
 
 Fetch = Callable[..., Any]
 CONTENTS = b"contents of an image"
@@ -205,6 +206,41 @@ async def test_pieces_of_a_byte_hold_nobody_up(fetch: Fetch, site: tuple[str, li
     ended.set()
     await watching
     assert longest < 0.4  # 2 s and more where all of them are taken in
+
+
+async def test_so_many_fetches_are_under_way_at_a_time_and_clients_take_turns(
+    site: tuple[str, list[web.Request]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _ = site
+    pool = ThreadPoolExecutor(1)
+    fetcher = MediaFetcher(MediaLimits(allow_private_hosts=True, max_concurrent_fetches=2, timeout_s=0.3), pool)
+    under_way, most, begun = 0, 0, []
+    fetch_http = fetcher._fetch_http
+
+    async def counted(url: str) -> bytes:
+        nonlocal under_way, most
+        begun.append(CLIENT.get())
+        under_way += 1
+        most = max(most, under_way)
+        try:
+            return await fetch_http(url)
+        finally:
+            under_way -= 1
+
+    async def ask(client: str, path: str) -> bytes:
+        CLIENT.set((client,))
+        return await fetcher.fetch(f"{url}/{path}")
+
+    monkeypatch.setattr(fetcher, "_fetch_http", counted)
+    slow = [asyncio.create_task(ask("many", "endless?pause=1")) for _ in range(10)]
+    await asyncio.sleep(0)
+    assert await asyncio.wait_for(ask("one", "image"), 1) == CONTENTS  # behind two of the others, not ten
+    for task in slow:
+        task.cancel()
+    await asyncio.gather(*slow, return_exceptions=True)
+    await fetcher.aclose()
+    pool.shutdown()
+    assert most == 2 and begun.index(("one",)) < 4
 
 
 async def test_names_that_are_not_resolved_in_time_hold_nobody_up(
