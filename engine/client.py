@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,8 @@ from engine.spawn import Assignment, EngineProcess
 logger = logging.getLogger(__name__)
 
 _STOP_SECONDS = 5.0
+_FEW_ANSWERS = 32
+"""That one request may have however short the queue is; else it may fill half of it."""
 _SILENT_SECONDS = 10 * HEARTBEAT_SECONDS
 """After which an engine process that says nothing is taken for one that stands still."""
 
@@ -176,12 +179,16 @@ class AsyncEngine:
         """Claim places in the queue for `count` answers, before any work is spent on their prompt.
 
         Raises:
+            ValueError: they are more than one request may have.
             QueueFullError: as many wait as are allowed to.
             EngineDeadError: the engine process ended.
         """
         if self.trouble is not None:
             raise EngineDeadError(self.trouble)
         room = self.config.max_num_seqs + self.config.max_num_queued_reqs
+        most = max(room // 2, _FEW_ANSWERS)
+        if count > most:
+            raise ValueError(f"n asks for {count} answers to all prompts together: at most {most} are allowed here")
         full = self.stats.num_waiting > self.config.max_num_queued_reqs
         if full or self.num_active + self._num_claimed + count > max(room, count):
             raise QueueFullError
@@ -238,8 +245,11 @@ class AsyncEngine:
         self._outputs.add(requests)
         self._streams |= {request.request_id: stream for request in requests}
         try:
-            for request in requests:
-                self._send(ADD, request)
+            self._send(ADD, requests[0])
+            # The others' images are the first one's, and go with it.
+            images = [replace(image, data=b"") for image in requests[0].images]
+            for request in requests[1:]:
+                self._send(ADD, replace(request, images=images))
         except BaseException:
             stream.abort()
             raise

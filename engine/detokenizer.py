@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 # A window of this many tokens without a whole character holds bytes that will never become one.
@@ -119,8 +120,11 @@ class TokenBytes:
         return text.encode("utf-8", "replace")
 
 
+@lru_cache(maxsize=256)
 def _failure_table(pattern: str) -> list[int]:
-    """For each prefix, the length of its longest proper prefix that is also its end."""
+    """For each prefix, the length of its longest proper prefix that is also its end. Remembered, not to be changed: all
+    answers to a request have the same stop strings.
+    """
     table = [0] * len(pattern)
     length = 0
     for i in range(1, len(pattern)):

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
 
 from engine.config import EngineConfig, VisionConfig
 from engine.errors import ModelLoadError, count_of, one_line
@@ -259,6 +258,8 @@ def load_tokenizer(config: EngineConfig) -> Any:
     Raises:
         ModelLoadError: it is missing, broken or has no fast form.
     """
+    from transformers import AutoTokenizer  # which takes seconds to import; the engine process mostly does without
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_path)
     except Exception as error:  # transformers raises many kinds on files that it does not like

@@ -15,6 +15,7 @@ class ImageInput:
     """Index of its first placeholder token in the prompt."""
     num_tokens: int
     data: bytes
+    """None on its way to the engine process where the request before has it: another answer to the same prompt."""
     shape: tuple[int, ...]
     """uint8 pixels (height, width, 3); float32 pixels (3, height, width); float32 features (tokens, hidden)."""
     kind: str

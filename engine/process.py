@@ -173,12 +173,17 @@ def _receive_until_stop(inbox: zmq.Socket[bytes], received: _Inbox, core: Engine
         gone.difference_update(given_up)
         received.put((ABORT, given_up))
 
+    data: dict[bytes, bytes] = {}
+    """Of the newest request's images, by hash."""
     requests = msgspec.msgpack.Decoder(EngineRequest)
     names = msgspec.msgpack.Decoder(list[str])
     while True:
         kind, payload = inbox.recv_multipart()
         if kind == ADD:
             request = requests.decode(payload)
+            for image in request.images:
+                image.data = image.data or data[image.hash]
+            data = {image.hash: image.data for image in request.images}
             if request.grammar is None:
                 received.put((kind, request))
             else:

@@ -50,6 +50,8 @@ def _main(receiver: Connection, log_level: str, log_format: str) -> None:
     # Threads that have done their part of a product sleep until the next one. Those that spin take the processor from
     # the other process, and where it is shared with other machines from the very thread that they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from transformers import LlamaConfig  # noqa: F401 - the assignment holds one, and its imports take seconds too
+
     from engine.process import run_engine
 
     try:

@@ -24,7 +24,7 @@ from server.pages import page_routes
 from server.paths import is_below
 from server.response_types import Model, ModelList, Versions
 from server.sse import ClientGone
-from server.state import ServerState, state_of
+from server.state import HeldBody, ServerState, state_of
 from server.version import program_version
 
 router = APIRouter()
@@ -40,6 +40,7 @@ def create_app(state: ServerState) -> FastAPI:
         title="Vision-language model server",
         description=ABOUT,
         version=program_version(),
+        openapi_url=None,  # see `description`
         docs_url=None,  # ours loads nothing from elsewhere
         redoc_url=None,
         redirect_slashes=False,  # a redirect would repeat the Host that a client names
@@ -55,7 +56,8 @@ def create_app(state: ServerState) -> FastAPI:
     install_handlers(app)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(ClientDisconnect, _client_gone)
-    if state.traces is not None:  # innermost: who has no key makes no spans
+    app.add_middleware(HeldBodyMiddleware, state=state)
+    if state.traces is not None:  # inner: who has no key makes no spans
         app.add_middleware(state.traces.middleware)
     if state.args.api_key:
         app.add_middleware(ApiKeyMiddleware, keys=state.args.api_key)
@@ -89,6 +91,22 @@ class RequestIdMiddleware:
             await send(message)
 
         await self._app(scope, receive, send_named)
+
+
+class HeldBodyMiddleware:
+    """Counts the memory of a request's body until its end, unless it is let go sooner."""
+
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self._app = app
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Go on (ASGI)."""
+        held = scope["held_body"] = HeldBody()
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            held.let_go(self._state)
 
 
 class JsonCorsMiddleware(CORSMiddleware):
@@ -144,6 +162,12 @@ async def health(request: Request) -> Response:
     if trouble is not None:
         raise ApiError(503, trouble)
     return Response()
+
+
+@router.get("/openapi.json", include_in_schema=False)
+async def description(request: Request) -> Response:
+    """The description of the API."""
+    return Response(request.app.description_json, media_type="application/json")
 
 
 @router.get("/version", openapi_extra=describe(Versions))

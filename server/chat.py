@@ -7,18 +7,19 @@ from typing import Any
 from uuid import uuid4
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from engine.client import ResponseStream
 from engine.input_processor import ProcessedPrompt
 from engine.outputs import Delta, TokenLogprobs
+from engine.sampling_params import SamplingParams
 from server.generation import (
     Answer,
     Usage,
     abort,
     accepted,
-    check_prompt_logprobs,
+    check_logprobs,
+    encoded,
     prompt_logprobs_json,
     run,
     shown_logprob,
@@ -27,11 +28,14 @@ from server.openapi import describe_post
 from server.prompts import chat_prompt
 from server.protocol import ChatCompletionRequest
 from server.response_types import ChatCompletion, ChatCompletionChunk
-from server.sse import EventStream, unless_client_goes
-from server.state import ServerState, read_body, state_of
+from server.sse import EventStream, json_response, unless_client_goes
+from server.state import ServerState, let_go, read_body, state_of
 from server.tools import ToolReader, ToolUse, joined
 
 router = APIRouter()
+
+_KEPT = ("n", "stream", "stream_options", "logprobs", "prompt_logprobs", "return_token_ids")
+"""What an answer is made by."""
 
 
 @router.post(
@@ -47,8 +51,9 @@ async def create_chat_completion(request: Request) -> Response:
         await stack.enter_async_context(state.open_request(request))
         chat = await unless_client_goes(request, start_chat(state, body, arrived))
         stack.callback(chat.abort)
+        let_go(request, body, *_KEPT)
         if not body.stream:
-            return JSONResponse(await unless_client_goes(request, chat.whole()))
+            return json_response(await unless_client_goes(request, chat.whole()))
         return EventStream(chat.events(), stack.pop_all())
 
 
@@ -63,14 +68,16 @@ async def start_chat(state: ServerState, body: ChatCompletionRequest, arrived: f
     grammar = await state.grammar(params, body.form_field if use is None or use.form is None else "tools")
     with state.engine.admission(params.n):
         prompt = await chat_prompt(state, body)
-        body.messages = []  # which may hold large images, and are not needed while the answer runs or waits
-        check_prompt_logprobs(params, [prompt])
+        with _max_tokens_as_given(body):
+            limit = state.inputs.max_tokens(prompt, params.max_tokens)
+        check_logprobs(params, [prompt], [limit])
         bad_words = await state.bad_words(params)
         name = f"chatcmpl-{uuid4().hex}"
         with _max_tokens_as_given(body):
             stream = state.engine.generate(
                 prompt,
                 params,
+                max_tokens=limit,
                 bad_words=bad_words,
                 grammar=grammar,
                 arrival_time=arrived,
@@ -78,7 +85,8 @@ async def start_chat(state: ServerState, body: ChatCompletionRequest, arrived: f
                 cache_salt=body.cache_salt or "",
                 request_id=name,
             )
-    chat = Chat(state, body, prompt, stream, name, model, use)
+    body.keep_only(*_KEPT)  # beside answers that run or wait, messages and images would take much memory
+    chat = Chat(state, body, prompt, stream, params, name, model, use)
     accepted(state, chat.usage, params, name=name, model=model)
     return chat
 
@@ -103,6 +111,7 @@ class Chat:
         body: ChatCompletionRequest,
         prompt: ProcessedPrompt,
         stream: ResponseStream,
+        params: SamplingParams,
         name: str,
         model: str,
         use: ToolUse | None,
@@ -114,6 +123,7 @@ class Chat:
         self._stream = stream
         self.usage = Usage.of([prompt])
         self.model = model
+        self.params = params
         self._head = {"id": name, "created": int(time.time()), "model": model, "system_fingerprint": state.fingerprint}
 
     def abort(self) -> None:
@@ -129,7 +139,7 @@ class Chat:
 
     async def whole(self) -> dict[str, Any]:
         """The response in one piece."""
-        answers = [Answer() for _ in range(self._body.n or 1)]
+        answers = [Answer(lambda entry: encoded(logprob_json(entry))) for _ in range(self._body.n or 1)]
         prompt_logprobs: list[TokenLogprobs | None] | None = None
         async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
@@ -138,7 +148,7 @@ class Chat:
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
         response = {**self._head, "object": "chat.completion", "choices": choices, "usage": self.usage.json()}
         if self._body.prompt_logprobs is not None:
-            response["prompt_logprobs"] = prompt_logprobs_json(prompt_logprobs)
+            response["prompt_logprobs"] = await prompt_logprobs_json(prompt_logprobs)
         if self._body.return_token_ids:
             response["prompt_token_ids"] = self._prompt.token_ids
         return response
@@ -190,7 +200,7 @@ class Chat:
         chunk = self._chunk(delta.index, said[-1])
         choice = chunk["choices"][0]
         if delta.logprobs:
-            choice["logprobs"] = self._logprobs(delta.logprobs)
+            choice["logprobs"] = self._logprobs([logprob_json(entry) for entry in delta.logprobs])
         if self._body.return_token_ids:
             choice["token_ids"] = delta.token_ids
         if is_last:
@@ -208,10 +218,8 @@ class Chat:
             chunk["prompt_token_ids"] = self._prompt.token_ids
         return chunk
 
-    def _logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any] | None:
-        if not self._body.logprobs:
-            return None
-        return {"content": [logprob_json(entry) for entry in entries], "refusal": None}
+    def _logprobs(self, shown: list[Any]) -> dict[str, Any] | None:
+        return {"content": shown, "refusal": None} if self._body.logprobs else None
 
 
 def logprob_json(entry: TokenLogprobs) -> dict[str, Any]:

@@ -4,11 +4,12 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 from uuid import uuid4
 
+import msgspec
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from engine.client import ResponseStream
@@ -20,19 +21,26 @@ from server.generation import (
     Usage,
     abort,
     accepted,
-    check_prompt_logprobs,
+    check_logprobs,
+    encoded,
     prompt_logprobs_json,
     run,
+    shown_in_turns,
     shown_logprob,
 )
 from server.openapi import describe_post
 from server.prompts import text_prompt
 from server.protocol import CompletionRequest
 from server.response_types import Completion, CompletionChunk
-from server.sse import EventStream, unless_client_goes
-from server.state import ServerState, read_body, state_of
+from server.sse import EventStream, json_response, unless_client_goes
+from server.state import ServerState, let_go, read_body, state_of
 
 router = APIRouter()
+
+_KEPT = (
+    "n", "stream", "stream_options", "logprobs", "prompt_logprobs", "return_token_ids", "echo", "max_tokens",
+)  # fmt: skip
+"""What answers are made by."""
 
 
 @router.post(
@@ -47,8 +55,9 @@ async def create_completion(request: Request) -> Response:
         await stack.enter_async_context(state.open_request(request))
         completion = await unless_client_goes(request, _start(state, body, arrived))
         stack.callback(completion.abort)
+        let_go(request, body, *_KEPT)
         if not body.stream:
-            return JSONResponse(await unless_client_goes(request, completion.whole()))
+            return json_response(await unless_client_goes(request, completion.whole()))
         return EventStream(completion.events(), stack.pop_all())
 
 
@@ -63,7 +72,7 @@ async def _start(state: ServerState, body: CompletionRequest, arrived: float) ->
         prompts = await asyncio.gather(*(_prompt(state, body, prompt) for prompt in given))
         limits = [_limit(state, body, params, prompt) for prompt in prompts]
         params.check_vocab(state.config.vocab_size)
-        check_prompt_logprobs(params, prompts)
+        check_logprobs(params, prompts, limits)
         bad_words = await state.bad_words(params)
         name = f"cmpl-{uuid4().hex}"
         streams = [
@@ -133,7 +142,7 @@ class _Completion:
 
     async def whole(self) -> dict[str, Any]:
         """The response in one piece."""
-        answers = [Answer() for _ in range(self._n * len(self._prompts))]
+        answers = [Answer(_entry) for _ in range(self._n * len(self._prompts))]
         prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
         async with aclosing(self._deltas()) as deltas:
             async for number, delta in deltas:
@@ -142,7 +151,8 @@ class _Completion:
                 if delta.prompt_logprobs is not None:
                     prompt_logprobs[number] = delta.prompt_logprobs
         choices = [
-            self._choice(index, answer, prompt_logprobs.get(index // self._n)) for index, answer in enumerate(answers)
+            await self._choice(index, answer, prompt_logprobs.get(index // self._n))
+            for index, answer in enumerate(answers)
         ]
         return {**self._head, "choices": choices, "usage": self.usage.json()}
 
@@ -163,16 +173,18 @@ class _Completion:
         if self._body.include_usage:
             yield {**self._head, "choices": [], "usage": self.usage.json()}
 
-    def _choice(self, index: int, answer: Answer, prompt_logprobs: list[TokenLogprobs | None] | None) -> dict[str, Any]:
+    async def _choice(
+        self, index: int, answer: Answer, prompt_logprobs: list[TokenLogprobs | None] | None
+    ) -> dict[str, Any]:
         prompt = self._prompts[index // self._n]
         text = "".join(answer.text)
-        entries: list[TokenLogprobs | None] = list(answer.logprobs)
+        entries: list[_Entry] = answer.logprobs
         offset = 0
         if self._body.echo:
             text = (prompt.text or "") + text
             offset = len(prompt.text or "")
             if self._body.logprobs is not None and prompt_logprobs is not None:
-                entries, offset = [*self._with_first(prompt, prompt_logprobs), *entries], 0
+                entries, offset = [*await self._echoed(prompt, prompt_logprobs), *entries], 0
         choice: dict[str, Any] = {
             "index": index,
             "text": text,
@@ -181,21 +193,21 @@ class _Completion:
             "stop_reason": answer.stop_reason,
         }
         if self._body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs_json(prompt_logprobs)
+            choice["prompt_logprobs"] = await prompt_logprobs_json(prompt_logprobs)
         if self._body.return_token_ids:
             choice |= {"token_ids": answer.token_ids, "prompt_token_ids": prompt.token_ids}
         return choice
 
-    def _with_first(self, prompt: ProcessedPrompt, entries: list[TokenLogprobs | None]) -> list[TokenLogprobs | None]:
+    async def _echoed(self, prompt: ProcessedPrompt, entries: list[TokenLogprobs | None]) -> list["_Entry"]:
         """An echo names the first prompt token too, which has no log probability."""
-        token = prompt.token_ids[0]
-        text = self._state.inputs.decode([token], skip_special_tokens=True)
-        return [TokenLogprobs(token, text, text.encode(), float("nan"), 0, []), *entries[1:]]
+        text = self._state.inputs.decode(prompt.token_ids[:1], skip_special_tokens=True)
+        rest = [entry for entry in entries if entry is not None]
+        return [_Entry(text, None, encoded(None)), *await shown_in_turns(_entry, rest)]
 
     def _delta_chunk(self, index: int, delta: Delta, offsets: list[int], *, first: bool) -> dict[str, Any]:
         logprobs = None
         if self._body.logprobs is not None and delta.logprobs:
-            logprobs = _logprobs(list(delta.logprobs), offsets[index])
+            logprobs = _logprobs([_entry(entry) for entry in delta.logprobs], offsets[index])
             # Not the delta's text: a token's log probability comes when all of its text is out.
             offsets[index] += sum(len(entry.text) for entry in delta.logprobs)
         chunk = self._chunk(index, delta.text, logprobs)
@@ -217,23 +229,26 @@ class _Completion:
         return chunk
 
 
-def _logprobs(entries: list[TokenLogprobs | None], offset: int) -> dict[str, Any]:
+class _Entry(NamedTuple):
+    """One token of the older form."""
+
+    text: str
+    logprob: float | None
+    top: msgspec.Raw
+
+
+def _entry(entry: TokenLogprobs) -> _Entry:
+    logprob = shown_logprob(entry.logprob)
+    top = {text: shown_logprob(rival) for _, text, _, rival in reversed(entry.top)}
+    return _Entry(entry.text, logprob, encoded(top | {entry.text: logprob}))
+
+
+def _logprobs(entries: list[_Entry], offset: int) -> dict[str, Any]:
     """OpenAI's older form: four lists of equal length."""
-    shown = [entry for entry in entries if entry is not None]
-    offsets = []
-    for entry in shown:
-        offsets.append(offset)
-        offset += len(entry.text)
+    ends = accumulate((len(entry.text) for entry in entries), initial=offset)
     return {
-        "tokens": [entry.text for entry in shown],
-        "token_logprobs": [None if entry.rank == 0 else shown_logprob(entry.logprob) for entry in shown],
-        "top_logprobs": [_top(entry) for entry in shown],
-        "text_offset": offsets,
+        "tokens": [entry.text for entry in entries],
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [entry.top for entry in entries],
+        "text_offset": list(ends)[:-1],
     }
-
-
-def _top(entry: TokenLogprobs) -> dict[str, float] | None:
-    if entry.rank == 0:
-        return None
-    top = {text: shown_logprob(logprob) for _, text, _, logprob in reversed(entry.top)}
-    return top | {entry.text: shown_logprob(entry.logprob)}

@@ -2,10 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from engine.client import ResponseStream
 from engine.input_processor import ProcessedPrompt
@@ -15,20 +17,41 @@ from server import notes
 from server.errors import ApiError
 from server.state import ServerState
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 MOST_PROMPT_LOGPROBS = 1 << 17
-"""Of one request."""
+MOST_LOGPROBS = 1 << 20
+"""Of one request. Each takes some hundred bytes of its answer."""
+_SHOWN_AT_ONCE = 64
 
 # JSON has no infinity; OpenAI writes this for a token that cannot come.
 _LOWEST_LOGPROB = -9999.0
+
+
+def encoded(value: Any) -> msgspec.Raw:
+    """JSON of a value, to be put into an answer as it is."""
+    return msgspec.Raw(msgspec.json.encode(value))
+
+
+async def shown_in_turns(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """`function` of each of very many items; others get their turns in between."""
+    results: list[Result] = []
+    for start in range(0, len(items), _SHOWN_AT_ONCE):
+        results += map(function, items[start : start + _SHOWN_AT_ONCE])
+        await asyncio.sleep(0)
+    return results
 
 
 @dataclass(slots=True)
 class Answer:
     """One choice, all of it."""
 
+    shown: Callable[[TokenLogprobs], Any] = encoded
+    """How log probabilities are kept: as they are they take several times the room, and long to show at the end."""
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -36,7 +59,7 @@ class Answer:
         """Append what came new."""
         self.text.append(delta.text)
         self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs
+        self.logprobs += map(self.shown, delta.logprobs)
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
 
@@ -74,12 +97,24 @@ class Usage:
         }
 
 
-def check_prompt_logprobs(params: SamplingParams, prompts: Sequence[ProcessedPrompt]) -> None:
-    """Refuse more log probabilities of prompts than can be put into one answer without holding up others.
+def check_logprobs(params: SamplingParams, prompts: Sequence[ProcessedPrompt], limits: Sequence[int]) -> None:
+    """Refuse more log probabilities than one answer should hold.
+
+    Args:
+        params: of the request.
+        prompts: of the request.
+        limits: tokens that the answers to each prompt may have.
 
     Raises:
         ValueError: they are too many.
     """
+    if params.logprobs is not None:
+        count = sum(limits) * params.n * (params.logprobs + 1)
+        if count > MOST_LOGPROBS:
+            raise ValueError(
+                f"logprobs: up to {count} log probabilities of all answers' tokens are asked for: at most "
+                f"{MOST_LOGPROBS} are allowed; lower max_tokens, n or the number of rivals"
+            )
     if params.prompt_logprobs is None:
         return
     count = sum(len(prompt.token_ids) for prompt in prompts) * params.n * (params.prompt_logprobs + 1)
@@ -169,18 +204,18 @@ def shown_logprob(value: float) -> float:
     return value if value > _LOWEST_LOGPROB else _LOWEST_LOGPROB  # NaN too becomes the lowest
 
 
-def prompt_logprobs_json(entries: list[TokenLogprobs | None] | None) -> list[Any] | None:
+async def prompt_logprobs_json(entries: list[TokenLogprobs | None] | None) -> list[Any] | None:
     """VLLM's form: for each prompt token a table from token id to log probability; null for the first."""
-    if entries is None:
-        return None
-    return [None if entry is None else _table(entry) for entry in entries]
+    return None if entries is None else await shown_in_turns(_table, entries)
 
 
-def _table(entry: TokenLogprobs) -> dict[str, Any]:
+def _table(entry: TokenLogprobs | None) -> msgspec.Raw:
+    if entry is None:
+        return encoded(None)
     table = {str(entry.token_id): _row(entry.logprob, entry.rank, entry.text)}
     for rank, (token, text, _, logprob) in enumerate(entry.top, start=1):
         table.setdefault(str(token), _row(logprob, rank, text))
-    return table
+    return encoded(table)
 
 
 def _row(logprob: float, rank: int, text: str) -> dict[str, Any]:

@@ -20,6 +20,8 @@ _LEAST_BYTES_PER_SECOND = 4096
 """A request has so long to come in, and longer by its size at this speed. Slower clients hold connections, no more. Nor
 may one stand still for longer than the former.
 """
+_MOST_PIPELINED = 16
+"""Requests of a connection that wait for the one before them. Each read may bring thousands."""
 _UNREAD_SECONDS = 60.0
 """After which a client that takes nothing of its answer is given up."""
 
@@ -38,6 +40,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._last_came = 0.0
         self._unread_timer: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._cycles: list[Any] = []
+        """Requests that are answered or wait for it."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Give the client its time to ask for something."""
@@ -48,6 +52,11 @@ class LimitedProtocol(HttpToolsProtocol):
         """Forget the client."""
         self._stop_timer()
         self.resume_writing()
+        # uvicorn tells the newest request only, which may wait for its turn behind the one that is answered.
+        self.pipeline.clear()
+        for cycle in self._cycles:
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -75,14 +84,23 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A request's first byte, which may come while the one before it is answered."""
+        if self.transport.is_closing():
+            raise ConnectionAbortedError  # whatever came with it is not read
         if self._timer is None:
             self._begin()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """The head is complete; it starts the application unless it is too large."""
-        if self._check_head(len(self.url) + sum(len(name) + len(value) for name, value in self.headers)):
-            super().on_headers_complete()
+        if not self._check_head(len(self.url) + sum(len(name) + len(value) for name, value in self.headers)):
+            return
+        if len(self.pipeline) == _MOST_PIPELINED:
+            self._refuse(429, "too many requests wait for the answer to the first")
+            return
+        super().on_headers_complete()
+        self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
+        if self.cycle is not None:
+            self._cycles.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""

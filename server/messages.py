@@ -7,7 +7,6 @@ from typing import Any
 from uuid import uuid4
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from server.chat import Chat, start_chat
@@ -17,8 +16,8 @@ from server.messages_answer import MessageErrorResponse, MessageObject, MessageS
 from server.messages_protocol import CountTokensRequest, MessagesRequest
 from server.openapi import describe_post
 from server.prompts import check_system_text, render
-from server.sse import NamedEventStream, unless_client_goes
-from server.state import ServerState, read_body, state_of
+from server.sse import NamedEventStream, json_response, unless_client_goes
+from server.state import ServerState, let_go, read_body, state_of
 
 router = APIRouter()
 
@@ -40,9 +39,10 @@ async def create_message(request: Request) -> Response:
         await stack.enter_async_context(state.open_request(request))
         chat = await unless_client_goes(request, _start(state, body, arrived))
         stack.callback(chat.abort)
+        let_go(request, body, "stream")
         reply = Reply(chat)
         if not body.stream:
-            return JSONResponse(await unless_client_goes(request, reply.whole()))
+            return json_response(await unless_client_goes(request, reply.whole()))
         return MessageStream(reply.events(), stack.pop_all())
 
 

@@ -3,8 +3,10 @@
 Handlers read their bodies themselves and answer with dictionaries, so each route brings its description along.
 """
 
+from functools import cached_property
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI
 from pydantic import TypeAdapter
 
@@ -75,6 +77,13 @@ class DescribedApp(FastAPI):
 
     needs_key = False
     """Whether the operations that may answer 401 ask for an API key."""
+
+    @cached_property
+    def description_json(self) -> bytes:
+        """What is sent of it: made once, since whoever has no key may ask for it too."""
+        document = self.openapi()
+        servers = {"servers": [{"url": self.root_path}]} if self.root_path else {}
+        return msgspec.json.encode({**document, **servers})
 
     def openapi(self) -> dict[str, Any]:
         """The whole description, made once."""

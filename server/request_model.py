@@ -11,6 +11,11 @@ class RequestModel(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
+    def keep_only(self, *names: str) -> None:
+        """Set all other fields to None: they may be large."""
+        for name in type(self).model_fields.keys() - set(names):
+            setattr(self, name, None)
+
 
 @contextmanager
 def beginning_with(field: str) -> Iterator[None]:

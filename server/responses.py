@@ -23,7 +23,7 @@ from server.response_store import StoredResponse
 from server.responses_answer import DeletedResponse, ResponseObject, ResponseStreamEvent
 from server.responses_protocol import ResponsesRequest
 from server.sse import NamedEventStream, unless_client_goes
-from server.state import ServerState, check_size, read_body, state_of
+from server.state import ServerState, check_size, let_go, read_body, state_of
 
 router = APIRouter()
 
@@ -52,6 +52,7 @@ async def create_response(request: Request) -> Response:
         await stack.enter_async_context(state.open_request(request))
         reply = await unless_client_goes(request, _start(state, body, _owner(request), arrived))
         stack.callback(reply.abort)
+        let_go(request, body, "stream", "store", "previous_response_id")
         if not body.stream:
             return Response(await unless_client_goes(request, reply.whole()), media_type="application/json")
         return NamedEventStream(reply.events(), stack.pop_all())
@@ -85,13 +86,12 @@ async def _start(state: ServerState, body: ResponsesRequest, owner: bytes, arriv
     messages, shown = await state.in_text_pool(_turns_of, body)
     async with AsyncExitStack() as stack:
         if body.previous_response_id is not None:
-            await stack.enter_async_context(state.continuing)
+            await stack.enter_async_context(state.continuing.turn())
         before = await _before(state, body, owner, shown)
         with _in_our_words(body):
             chat_body = await state.in_text_pool(body.chat, before, messages)
             chat = await start_chat(state, chat_body, arrived)
-    params = chat_body.params(state.config.sampling_defaults)
-    told = {**body.told_again(), "temperature": params.temperature, "top_p": params.top_p}
+    told = {**body.told_again(), "temperature": chat.params.temperature, "top_p": chat.params.top_p}
     return _Reply(state, body, chat, told, owner, shown)
 
 

@@ -109,6 +109,9 @@ def _few_pairs(metadata: Any) -> Any:
     return metadata
 
 
+_FORMAT_FIELDS = {"name": str, "description": str, "schema": dict, "strict": bool}
+_LONGEST_DESCRIPTION = 4096
+"""Characters. It is told again, as the schema is, which has a bound of its own."""
 _Name = Annotated[str, Field(max_length=512)]
 """Told again in the answer and kept with it, so that it has a bound."""
 
@@ -159,6 +162,12 @@ class ResponsesRequest(SamplingFields):
             _check("text.verbosity", self.text.verbosity, "medium")
             if self.text.format is not None and self.response_format is not None:
                 raise bad_request("response_format and text.format say the same: give one of them", "response_format")
+        for name, value in self._format()[1].items():
+            if name in _FORMAT_FIELDS and isinstance(value, str) and len(value) > _LONGEST_DESCRIPTION:
+                raise bad_request(
+                    f"text.format.{name} has {len(value)} characters: at most {_LONGEST_DESCRIPTION} are allowed",
+                    "text.format",
+                )
         for name, value in (self.reasoning or {}).items():
             _check(f"reasoning.{name[:50]}", value, *(["none"] if name == "effort" else []))
         if self.stream_options is not None:
@@ -201,11 +210,18 @@ class ResponsesRequest(SamplingFields):
         return wanted
 
     def _told_format(self) -> dict[str, Any]:
-        if self.text is not None and self.text.format is not None:
-            return self.text.format
-        given = self.response_format or {"type": "text"}
-        described = given.get("json_schema") if given["type"] == "json_schema" else None
-        return {**(described if isinstance(described, dict) else {}), "type": given["type"]}
+        """What is known of the form that was asked for, and nothing else that a client may have put there."""
+        kind, described = self._format()
+        told = {
+            name: described[name] for name, right in _FORMAT_FIELDS.items() if isinstance(described.get(name), right)
+        }
+        return {**told, "type": kind}
+
+    def _format(self) -> tuple[str, dict[str, Any]]:
+        """The form's type, and the description of a schema."""
+        given = self._response_format() or {"type": "text"}
+        described = given.get("json_schema") if given.get("type") == "json_schema" else None
+        return str(given.get("type")), described if isinstance(described, dict) else {}
 
     def told_again(self) -> dict[str, Any]:
         """The fields of the response that say what was asked for."""

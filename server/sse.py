@@ -81,6 +81,11 @@ class NamedEventStream(EventStream):
         return f"event: {name}\n".encode() + super().frame(event)
 
 
+def json_response(answer: Any) -> Response:
+    """An answer in one piece."""
+    return Response(_encoder.encode(answer), media_type="application/json")
+
+
 async def unless_client_goes(request: Request, work: Awaitable[Result]) -> Result:
     """Do the work of a plain request, and give it up when the client goes away.
 
@@ -98,6 +103,8 @@ async def unless_client_goes(request: Request, work: Awaitable[Result]) -> Resul
         for task in (working, watching):
             task.cancel()
         await asyncio.gather(working, watching, return_exceptions=True)
+        # An error holds this frame, which through the task would hold it, and with it what the work had in hand.
+        del working, watching, task
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

@@ -25,8 +25,9 @@ from server.images import ImagePreparer
 from server.killable import KillableWorker
 from server.media import MediaFetcher
 from server.metrics import Metrics
+from server.request_model import RequestModel
 from server.response_store import ResponseStore
-from server.turns import CLIENT, client_of
+from server.turns import CLIENT, Turns, client_of
 from server.version import program_version
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ _CONTAINERS = 1 << 15
 
 _BODIES_AT_ONCE = 4
 """Bodies of the largest size that may be coming in together: the memory that clients take before they are admitted."""
+_BODIES_HELD = 16
+"""And so many that prompts are being made of."""
 
 # A request of a hundred bytes may continue a conversation of many megabytes.
 _CONTINUED_AT_ONCE = 4
@@ -73,13 +76,15 @@ class ServerState:
     grammars: GrammarChecker
     request_templates: KillableWorker
     """For chat templates that clients bring."""
-    continuing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_CONTINUED_AT_ONCE))
+    continuing: Turns = field(default_factory=lambda: Turns(_CONTINUED_AT_ONCE))
     """Held while what was kept of a conversation is in memory once more, to make a prompt of it."""
     draining: bool = False
     num_open: int = 0
     """Requests that are being answered."""
     body_bytes: int = 0
     """Of all bodies that are coming in."""
+    held_bytes: int = 0
+    """Of those that have come, and that prompts are being made of."""
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     started: int = field(default_factory=lambda: int(time.time()))
     responses: ResponseStore = field(default_factory=ResponseStore)
@@ -173,12 +178,19 @@ class ServerState:
                     which = f"image {number} of {len(urls)}: " if len(urls) > 1 else ""
                     raise ValueError(f"{which}{error}") from error
 
+        tasks: list[asyncio.Task[PreparedImage]] = []
+        failed: list[BaseException] = []
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(load(number, url)) for number, url in enumerate(urls, start=1)]
+            return [task.result() for task in tasks]
         except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        return [task.result() for task in tasks]
+            failed += errors.exceptions[:1]
+            errors.__traceback__ = None  # whose frames hold the group too
+        finally:
+            # An error holds this frame, which through them would hold it: garbage of megabytes, collected late.
+            del tasks, group
+        raise failed.pop()  # here, where it does not get the group as its context, which holds it
 
 
 def state_of(request: Request) -> ServerState:
@@ -221,13 +233,48 @@ async def _read(request: Request, limit: int) -> bytes:
             state.body_bytes += len(chunk)
             if size > limit:
                 raise _too_large(limit)
-            if state.body_bytes > _BODIES_AT_ONCE * limit:
+            if state.body_bytes > _BODIES_AT_ONCE * limit or state.held_bytes > _BODIES_HELD * limit:
                 raise ApiError(503, "too many large requests are coming in: try again later")
             count.add(chunk)
             chunks.append(chunk)
     finally:
         state.body_bytes -= size
+    held_body(request).hold(state, size)
     return b"".join(chunks)
+
+
+class HeldBody:
+    """What a request's body takes of the memory for all bodies, from when it has come until it is let go.
+
+    Middleware makes one for each request, and lets go at its end at the latest.
+    """
+
+    def __init__(self) -> None:
+        self._size = 0
+
+    def hold(self, state: ServerState, size: int) -> None:
+        """It has come."""
+        self._size += size
+        state.held_bytes += size
+
+    def let_go(self, state: ServerState) -> None:
+        """Nothing of it is needed any more."""
+        if self._size:
+            state.held_bytes -= self._size
+            self._size = 0
+
+
+def held_body(request: Request) -> HeldBody:
+    """Of a request."""
+    held = request.scope["held_body"]
+    assert isinstance(held, HeldBody)
+    return held
+
+
+def let_go(request: Request, body: RequestModel, *kept: str) -> None:
+    """Forget all of a body but the fields whose names are given: the prompt is made, and answers may take long."""
+    body.keep_only(*kept)
+    held_body(request).let_go(state_of(request))
 
 
 def check_size(state: ServerState, what: str, *texts: bytes) -> None:

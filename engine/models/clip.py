@@ -5,10 +5,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
-from engine.kernels import quick_gelu
 from engine.kernels.torch_ops import attend
+from engine.models.activations import activation
 from engine.models.linear import Linear
 
 
@@ -57,7 +56,7 @@ class ClipMLP(nn.Module):
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
-        self.activation = quick_gelu if config.hidden_act == "quick_gelu" else ACT2FN[config.hidden_act]
+        self.activation = activation(config.hidden_act)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, tokens, size) to the same."""

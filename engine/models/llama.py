@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from engine.attention import AttentionBackend, AttentionMetadata
 from engine.kernels import add_rms_norm, linear, rms_norm, silu_mul
+from engine.models.activations import activation
 from engine.models.linear import Linear
 from engine.models.rotary import RotaryEmbedding
 
@@ -52,7 +52,7 @@ class LlamaMLP(nn.Module):
         bias = getattr(config, "mlp_bias", False)
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=bias)
-        self.activation = None if config.hidden_act == "silu" else ACT2FN[config.hidden_act]
+        self.activation = None if config.hidden_act == "silu" else activation(config.hidden_act)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(T, hidden) to (T, hidden)."""

@@ -3,9 +3,9 @@
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from engine.attention import AttentionBackend
+from engine.models.activations import activation
 from engine.models.clip import ClipVisionModel
 from engine.models.linear import Linear
 from engine.models.llama import LlamaForCausalLM
@@ -20,7 +20,7 @@ class LlavaProjector(nn.Module):
         size = config.text_config.hidden_size
         self.linear_1 = Linear(config.vision_config.hidden_size * num_feature_layers, size, bias=bias)
         self.linear_2 = Linear(size, size, bias=bias)
-        self.activation = ACT2FN[config.projector_hidden_act]
+        self.activation = activation(config.projector_hidden_act)
 
     def forward(self, features: Tensor) -> Tensor:
         """(…, vision features) to (…, hidden)."""

@@ -332,3 +332,11 @@ def test_bytes_of_words(tokenizer: Any) -> None:
     assert TokenBytes(tokenizer).of(word, " the") == b" the"
     assert TokenBytes(tokenizer).of(10**6, "") == b""
     assert TokenBytes(byte_level).of(256, "?") == b" hello"
+
+
+def test_stop_strings_are_read_once_for_all_answers() -> None:
+    """A thousand characters take a millisecond, and a request may have thousands of answers."""
+    stop = "ab" * 500
+    one, other = StopMatcher([stop]), StopMatcher([stop])
+    assert one._failures[0] is other._failures[0]
+    assert one.push("ab" * 499) is None and other.push("x" + stop) == (stop, 1001)

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import zmq
 
-from engine.messages import EngineOutput, EngineOutputs, EngineRequest, SchedulerStats
+from engine.messages import EngineOutput, EngineOutputs, EngineRequest, ImageInput, SchedulerStats
 from engine.process import ABORT, ADD, ALIVE, STOP, StepWatch, _loop, _receive, _receive_until_stop, _send
 from engine.sampling_params import SamplingParams
 
@@ -167,6 +167,29 @@ def test_compiling_holds_up_nothing_but_what_comes_behind_it() -> None:
     others = [received.get(timeout=5) for _ in range(4)]
     assert [payload.request_id for _, payload in others[:3]] == ["good", "bad", "fatal"]
     assert others[3] == (ABORT, ["good"])
+
+
+def test_answers_to_one_prompt_share_its_images() -> None:
+    """Their data comes with the first, and is there once."""
+    received = queue.SimpleQueue[Any]()
+
+    def sent_image(name: str, data: bytes) -> list[bytes]:
+        images = [ImageInput(b"hash", 0, 1, data, (1, 1, 3), "pixels")]
+        return [ADD, msgspec.msgpack.encode(EngineRequest(name, [1], SamplingParams(), 1, 0, images=images))]
+
+    sent = iter([
+        sent_image("a/0", b"pixels of a"), sent_image("a/1", b""), sent_image("b/0", b"pixels of b"),
+        sent_image("b/1", b""), [STOP, msgspec.msgpack.encode(None)],
+    ])  # fmt: skip
+
+    class Inbox:
+        def recv_multipart(self) -> list[bytes]:
+            return next(sent)
+
+    _receive_until_stop(Inbox(), received, Compiling())  # type: ignore[arg-type]
+    data = [received.get(timeout=5)[1].images[0].data for _ in range(4)]
+    assert data == [b"pixels of a"] * 2 + [b"pixels of b"] * 2
+    assert data[0] is data[1] and data[2] is data[3]
 
 
 def test_what_is_given_up_before_its_turn_is_not_compiled() -> None:

@@ -531,8 +531,9 @@ def test_a_bad_request_disturbs_nobody(server: Server, photo_files: list[Path]) 
         ("/v1/completions", {"prompt": "a", "response_format": {"type": [["x"] * 1000]}}),
         ("/v1/completions", {"prompt": "a", "structured_outputs": {"json": {"description": "x" * 1_000_000}}}),
         ("/v1/completions", {"prompt": "a", "logit_bias": {"5": 1, "05": -3}}),
-        ("/v1/completions", {"prompt": ["a b c"] * 128, "n": 16, "prompt_logprobs": 20, "max_tokens": 1}),
-        ("/v1/completions", {"prompt": ["a b c"] * 128, "n": 16, "logprobs": 20, "echo": True, "max_tokens": 1}),
+        ("/v1/completions", {"prompt": ["a b c " * 20] * 32, "n": 16, "prompt_logprobs": 20, "max_tokens": 1}),
+        ("/v1/completions", {"prompt": ["a b c " * 20] * 32, "n": 16, "logprobs": 20, "echo": True, "max_tokens": 1}),
+        ("/v1/completions", {"prompt": ["a"] * 128, "n": 16, "max_tokens": 1}),
         (
             "/v1/chat/completions",
             {

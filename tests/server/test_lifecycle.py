@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from tests.conftest import MakeCheckpoint
@@ -270,6 +271,39 @@ def test_bodies_that_come_in_together_take_no_more_than_four_of_the_largest(
     end = time.monotonic() + 10
     while server.post(CHAT, question).status_code != 200:
         assert time.monotonic() < end
+
+
+def test_one_request_fills_half_of_the_queue_at_most(server: Server) -> None:
+    """Of a place for each of 4 that run and of 1,024 that wait."""
+    refused = server.post(COMPLETIONS, {"prompt": ["a"] * 103, "n": 5, "max_tokens": 1})
+    check_error(refused, "n", 515, 514)
+    assert server.post(COMPLETIONS, {"prompt": ["a"] * 102, "n": 5, "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"messages": [user("Hi")], "logprobs": True, "top_logprobs": 20}),
+        (COMPLETIONS, {"prompt": "Hi", "logprobs": 20}),
+    ],
+)
+def test_log_probabilities_of_an_answer_have_a_limit(server: Server, path: str, fields: dict[str, Any]) -> None:
+    check_error(server.post(path, {**fields, "n": 4, "max_tokens": 12_500}), "logprobs", 12_500 * 4 * 21, 1 << 20)
+
+
+def test_a_body_is_forgotten_once_its_prompt_is_made(server: Server) -> None:
+    """However long the answer takes, or waits for its turn."""
+    asked = {"messages": [user("Hi")], "user": "x" * 30_000_000, "stream": True}
+    server.post(CHAT, {**asked, "max_tokens": 1})  # what the server takes for one of them, it has now
+    process = psutil.Process(server.process.pid)
+    before = process.memory_info().rss
+    with ExitStack() as stack:
+        for _ in range(8):
+            client = stack.enter_context(server.client())
+            answer = stack.enter_context(client.stream("POST", CHAT, json={**asked, **LONGEST}))
+            assert answer.status_code == 200
+        assert process.memory_info().rss - before < 4 * 30_000_000
+    server.wait_for_metric(RUNNING, lambda value: value == 0)
 
 
 def test_a_full_queue_and_an_orderly_end(launch: Launch, checkpoint: MakeCheckpoint) -> None:

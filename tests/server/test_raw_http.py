@@ -1,5 +1,6 @@
 """Ways around the API key, bodies that are not what their headers say, and what is no HTTP at all."""
 
+import contextlib
 import gzip
 import json
 import socket
@@ -214,6 +215,34 @@ def test_a_head_without_end_holds_nobody_up(server: Server) -> None:
         assert server.get("/health").status_code == 200
     flooding.join()
     assert time.monotonic() - started < 5
+
+
+def test_requests_in_a_row_are_answered_a_few_at_a_time(server: Server) -> None:
+    """Each read may bring thousands, and an answer to each that nobody reads."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\n\r\n" * 10)
+        received = b""
+        while received.count(b"HTTP/1.1 200") < 10:
+            received += connection.recv(1 << 16)
+    many = b"GET /health HTTP/1.1\r\n\r\n" * 5000
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(many)
+            while more := connection.recv(1 << 16):  # it ends
+                received += more
+    assert received.count(b"HTTP/1.1 200") < 100
+
+
+def test_a_client_that_goes_while_its_next_request_waits(server: Server) -> None:
+    body = json.dumps({"prompt": "Hi", "max_tokens": 400, "ignore_eos": True, "n": 4}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\n{SIGNED}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    ended = server.metric("vllm:request_success_total", finished_reason="length")
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head + body + b"GET /health HTTP/1.1\r\n\r\n")
+        server.wait_for_metric("vllm:num_requests_running", lambda value: value > 0)
+    server.wait_for_metric("vllm:num_requests_running", lambda value: value == 0)
+    assert server.metric("vllm:request_success_total", finished_reason="length") == ended
 
 
 def test_clients_that_hang_up_in_the_middle(server: Server) -> None:
