@@ -25,6 +25,7 @@ from server.paths import is_below
 from server.response_types import Model, ModelList, Versions
 from server.sse import ClientGone
 from server.state import HeldBody, ServerState, state_of
+from server.turns import client_of
 from server.version import program_version
 
 router = APIRouter()
@@ -102,11 +103,11 @@ class HeldBodyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Go on (ASGI)."""
-        held = scope["held_body"] = HeldBody()
+        held = scope["held_body"] = HeldBody(self._state, client_of(scope))
         try:
             await self._app(scope, receive, send)
         finally:
-            held.let_go(self._state)
+            held.let_go()
 
 
 class JsonCorsMiddleware(CORSMiddleware):

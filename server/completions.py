@@ -75,20 +75,25 @@ async def _start(state: ServerState, body: CompletionRequest, arrived: float) ->
         check_logprobs(params, prompts, limits)
         bad_words = await state.bad_words(params)
         name = f"cmpl-{uuid4().hex}"
-        streams = [
-            state.engine.generate(
-                prompt,
-                params,
-                max_tokens=limit,
-                bad_words=bad_words,
-                grammar=grammar,
-                arrival_time=arrived,
-                priority=body.priority or 0,
-                cache_salt=body.cache_salt or "",
-                request_id=f"{name}-{number}",
-            )
-            for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
-        ]
+        streams: list[ResponseStream] = []
+        try:
+            for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+                stream = state.engine.generate(
+                    prompt,
+                    params,
+                    max_tokens=limit,
+                    bad_words=bad_words,
+                    grammar=grammar,
+                    arrival_time=arrived,
+                    priority=body.priority or 0,
+                    cache_salt=body.cache_salt or "",
+                    request_id=f"{name}-{number}",
+                )
+                streams.append(stream)
+        except BaseException:
+            for stream in streams:  # of the prompts before the one that was refused
+                stream.abort()
+            raise
     completion = _Completion(state, body, prompts, streams, name, model, params.n)
     accepted(state, completion.usage, params, name=name, model=model)
     return completion

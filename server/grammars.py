@@ -6,9 +6,11 @@ import math
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 from engine.grammar.compiler import GrammarCompiler
 from server.killable import KillableWorker
+from server.turns import CLIENT
 
 _SECONDS = 2.0
 _REMEMBERED = 4096
@@ -16,6 +18,10 @@ _TIMEOUT_REMEMBERED_SECONDS = 60.0
 """The machine may have been busy."""
 _MOST_WAITING = 64
 """Grammars that are checked one after the other, before those that come are told to come again."""
+
+
+_Check = tuple[tuple[Any, ...], bytes]
+"""Whose, and of which grammar: not the same for all who ask for it, lest one wait in the line of another."""
 
 
 class GrammarChecker:
@@ -27,9 +33,9 @@ class GrammarChecker:
         )
         self._found: OrderedDict[bytes, tuple[str | None, float]] = OrderedDict()
         """What is wrong with a grammar, None for nothing, and until when that holds."""
-        self._checking: dict[bytes, asyncio.Task[tuple[str | None, float]]] = {}
-        """Those that are being checked: whoever asks for the same waits for the same."""
-        self._num_waiting: Counter[bytes] = Counter()
+        self._checking: dict[_Check, asyncio.Task[tuple[str | None, float]]] = {}
+        """Those that are being checked: a client that asks for the same waits for the same."""
+        self._num_waiting: Counter[_Check] = Counter()
 
     async def check(self, source: str) -> None:
         """Compile a grammar.
@@ -41,10 +47,11 @@ class GrammarChecker:
         digest = hashlib.sha256(source.encode()).digest()
         wrong, until = self._found.get(digest, (None, 0.0))
         if time.monotonic() >= until:
-            if digest not in self._checking:
-                self._checking[digest] = asyncio.create_task(self._in_turn(source))
-                self._checking[digest].add_done_callback(lambda task: self._checked(digest, task))
-            wrong, seconds = await self._result(digest)
+            check = CLIENT.get(), digest
+            if check not in self._checking:
+                self._checking[check] = asyncio.create_task(self._in_turn(source))
+                self._checking[check].add_done_callback(lambda task: self._checked(check, task))
+            wrong, seconds = await self._result(check)
             self._found[digest] = wrong, time.monotonic() + seconds
         self._found.move_to_end(digest)
         if len(self._found) > _REMEMBERED:
@@ -52,23 +59,23 @@ class GrammarChecker:
         if wrong is not None:
             raise ValueError(wrong)
 
-    async def _result(self, digest: bytes) -> tuple[str | None, float]:
+    async def _result(self, check: _Check) -> tuple[str | None, float]:
         """Of a check that is under way. It ends when the last who waits for it leaves, and the next gets its turn."""
-        self._num_waiting[digest] += 1
+        self._num_waiting[check] += 1
         try:
-            return await asyncio.shield(self._checking[digest])
+            return await asyncio.shield(self._checking[check])
         except asyncio.CancelledError:
-            if self._num_waiting[digest] == 1 and digest in self._checking:
-                self._checking.pop(digest).cancel()
+            if self._num_waiting[check] == 1 and check in self._checking:
+                self._checking.pop(check).cancel()
             raise
         finally:
-            self._num_waiting[digest] -= 1
-            if not self._num_waiting[digest]:
-                del self._num_waiting[digest]
+            self._num_waiting[check] -= 1
+            if not self._num_waiting[check]:
+                del self._num_waiting[check]
 
-    def _checked(self, digest: bytes, task: asyncio.Task[tuple[str | None, float]]) -> None:
-        if self._checking.get(digest) is task:
-            del self._checking[digest]
+    def _checked(self, check: _Check, task: asyncio.Task[tuple[str | None, float]]) -> None:
+        if self._checking.get(check) is task:
+            del self._checking[check]
         task.cancelled() or task.exception()  # which is thereby taken note of, should nobody wait for it any more
 
     async def _in_turn(self, source: str) -> tuple[str | None, float]:

@@ -51,7 +51,9 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the client."""
         self._stop_timer()
-        self.resume_writing()
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
         # uvicorn tells the newest request only, which may wait for its turn behind the one that is answered.
         self.pipeline.clear()
         for cycle in self._cycles:
@@ -62,15 +64,20 @@ class LimitedProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """The client has not taken what it was sent."""
         super().pause_writing()
-        if self._unread_timer is None:
-            self._watch_unread()
+        self._watch_unread()
 
     def resume_writing(self) -> None:
-        """It has."""
+        """It has taken most of it."""
         super().resume_writing()
         if self._unread_timer is not None:
             self._unread_timer.cancel()
             self._unread_timer = None
+            self._watch_unread()
+
+    def on_response_complete(self) -> None:
+        """An answer has been written, or waits to be taken: what is closed meanwhile stays open for that long."""
+        super().on_response_complete()
+        self._watch_unread()
 
     def data_received(self, data: bytes) -> None:
         """Count, and parse."""
@@ -151,12 +158,14 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _watch_unread(self) -> None:
-        """Look again later; what is buffered must have become less by then."""
+        """Look again later, if anything is buffered; it must have become less by then."""
         left = self.transport.get_write_buffer_size()
+        if self._unread_timer is not None or not left:
+            return
 
         def check() -> None:
+            self._unread_timer = None
             if self.transport.get_write_buffer_size() >= left:
-                self._unread_timer = None
                 logger.info("a client that did not read its answer was given up")
                 self.transport.abort()
             else:
@@ -184,3 +193,4 @@ class LimitedProtocol(HttpToolsProtocol):
         if not (begun or self.pipeline):  # else it would be written into an answer
             self.transport.write(head.encode() + body)
         self.transport.close()
+        self._watch_unread()

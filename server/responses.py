@@ -86,6 +86,9 @@ async def _start(state: ServerState, body: ResponsesRequest, owner: bytes, arriv
     messages, shown = await state.in_text_pool(_turns_of, body)
     async with AsyncExitStack() as stack:
         if body.previous_response_id is not None:
+            with _in_our_words(body):  # which may take long, and is remembered: not while others wait for the place
+                alone = await state.in_text_pool(body.chat, [], messages)
+                await state.grammar(alone.params(state.config.sampling_defaults), alone.form_field)
             await stack.enter_async_context(state.continuing.turn())
         before = await _before(state, body, owner, shown)
         with _in_our_words(body):

@@ -27,6 +27,7 @@ from server.media import MediaFetcher
 from server.metrics import Metrics
 from server.request_model import RequestModel
 from server.response_store import ResponseStore
+from server.room import Room
 from server.turns import CLIENT, Turns, client_of
 from server.version import program_version
 
@@ -81,14 +82,18 @@ class ServerState:
     draining: bool = False
     num_open: int = 0
     """Requests that are being answered."""
-    body_bytes: int = 0
-    """Of all bodies that are coming in."""
-    held_bytes: int = 0
-    """Of those that have come, and that prompts are being made of."""
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     started: int = field(default_factory=lambda: int(time.time()))
     responses: ResponseStore = field(default_factory=ResponseStore)
     traces: "Traces | None" = None
+    coming: Room = field(init=False)
+    """For bodies that are coming in."""
+    held: Room = field(init=False)
+    """For those that have come, and that prompts are being made of."""
+
+    def __post_init__(self) -> None:
+        self.coming = Room(_BODIES_AT_ONCE * self.args.max_request_bytes)
+        self.held = Room(_BODIES_HELD * self.args.max_request_bytes)
 
     @property
     def config(self) -> EngineConfig:
@@ -224,22 +229,22 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
 
 
 async def _read(request: Request, limit: int) -> bytes:
-    state = state_of(request)
+    state, client = state_of(request), client_of(request.scope)
     count = _JsonCount(state, "the body")
     chunks, size = [], 0
     try:
         async for chunk in request.stream():
             size += len(chunk)
-            state.body_bytes += len(chunk)
+            state.coming.take(client, len(chunk))
             if size > limit:
                 raise _too_large(limit)
-            if state.body_bytes > _BODIES_AT_ONCE * limit or state.held_bytes > _BODIES_HELD * limit:
+            if state.coming.is_full_for(client) or state.held.is_full_for(client):
                 raise ApiError(503, "too many large requests are coming in: try again later")
             count.add(chunk)
             chunks.append(chunk)
     finally:
-        state.body_bytes -= size
-    held_body(request).hold(state, size)
+        state.coming.give_back(client, size)
+    held_body(request).hold(size)
     return b"".join(chunks)
 
 
@@ -249,18 +254,20 @@ class HeldBody:
     Middleware makes one for each request, and lets go at its end at the latest.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, state: ServerState, client: Any) -> None:
+        self._state = state
+        self._client = client
         self._size = 0
 
-    def hold(self, state: ServerState, size: int) -> None:
+    def hold(self, size: int) -> None:
         """It has come."""
         self._size += size
-        state.held_bytes += size
+        self._state.held.take(self._client, size)
 
-    def let_go(self, state: ServerState) -> None:
+    def let_go(self) -> None:
         """Nothing of it is needed any more."""
         if self._size:
-            state.held_bytes -= self._size
+            self._state.held.give_back(self._client, self._size)
             self._size = 0
 
 
@@ -274,7 +281,7 @@ def held_body(request: Request) -> HeldBody:
 def let_go(request: Request, body: RequestModel, *kept: str) -> None:
     """Forget all of a body but the fields whose names are given: the prompt is made, and answers may take long."""
     body.keep_only(*kept)
-    held_body(request).let_go(state_of(request))
+    held_body(request).let_go()
 
 
 def check_size(state: ServerState, what: str, *texts: bytes) -> None:

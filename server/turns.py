@@ -24,6 +24,8 @@ def client_of(scope: Scope) -> tuple[Any, ...]:
         address = ip_address(host)
     except ValueError:
         return scope.get("api_key"), host
+    if isinstance(address, IPv6Address):
+        address = address.ipv4_mapped or address  # as they come to a listener of both kinds
     return scope.get("api_key"), int(address) >> 64 if isinstance(address, IPv6Address) else int(address)
 
 

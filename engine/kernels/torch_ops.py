@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.cpu_features import multiplies_fast, multiplies_in, runs_compiled
+from engine.kernels.cpu_packed import packed_linear
 
 _WIDENING_PAYS = 16
 """Rows from which a product in float32 makes up for widening the weight, on a CPU without instructions for its type."""
@@ -41,6 +42,8 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `engine.kernels.linear`."""
+    if weight.is_mkldnn:
+        return packed_linear(x, weight, bias)
     rows = x.numel() // x.shape[-1]
     if rows <= _MOST_THIN and x.device.type == "cpu" and not multiplies_fast(x.dtype) and runs_compiled():
         from engine.kernels.cpu_linear import thin_linear, works_on  # numba takes time to import: not beside a GPU

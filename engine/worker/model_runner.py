@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import ModelLoadError
 from engine.grammar.compiler import GrammarCompiler
 from engine.input_processor import tokenizer_json
+from engine.models.linear import pack_weights
 from engine.models.llava import LlavaForConditionalGeneration
 from engine.models.loader import load_model
 from engine.models.rotary import long_context_start
@@ -59,6 +60,8 @@ class ModelRunner:
             use_cores()
         started = time.monotonic()
         self.model = load_model(config)
+        if self._budget is None:
+            pack_weights(self.model)
         logger.info("loaded %s in %.1f s", config.model_name, time.monotonic() - started)
         long_start = long_context_start(config.text_config)
         text = config.text_config

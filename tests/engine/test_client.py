@@ -3,8 +3,10 @@
 from types import SimpleNamespace
 from typing import Any
 
-from engine.client import ResponseStream
+from engine.client import AsyncEngine, ResponseStream
+from engine.messages import EngineRequest, ImageInput
 from engine.outputs import Delta
+from engine.sampling_params import SamplingParams
 
 
 def stream_of(count: int) -> ResponseStream:
@@ -26,3 +28,18 @@ async def test_what_a_slow_reader_has_not_read_is_merged() -> None:
     for delta in found:
         assert delta.text == "".join(f"{number} " for number in range(1000))
         assert delta.token_ids == list(range(1000)) and delta.finish_reason == "stop"
+
+
+def test_images_are_sent_once_for_all_answers() -> None:
+    image = ImageInput(b"hash", 0, 1, b"pixels", (1, 2, 3), "pixels")
+    requests = [EngineRequest(f"a/{n}", [1], SamplingParams(), 1, 0, images=[image]) for n in range(3)]
+    sent: list[EngineRequest] = []
+    engine: Any = object.__new__(AsyncEngine)
+    engine.dead = SimpleNamespace(is_set=lambda: False)
+    engine.inputs = SimpleNamespace(make_requests=lambda *_, **__: requests)
+    engine._outputs, engine._streams = SimpleNamespace(add=lambda _: None), {}
+    engine._send = lambda _, request: sent.append(request)
+    engine.generate(None, SamplingParams(), max_tokens=1)
+    assert [request.request_id for request in sent] == ["a/0", "a/1", "a/2"]
+    assert [request.images[0].data for request in sent] == [b"pixels", b"", b""]
+    assert {request.images[0].hash for request in sent} == {b"hash"} and image.data == b"pixels"

@@ -83,7 +83,7 @@ class House:
             "waiting": engine.stats.num_waiting,
             "cache": engine.stats.kv_cache_usage,
             "fetches": 64 - state.media._turns._free,
-            "bytes of bodies": state.body_bytes + state.held_bytes,
+            "bytes of bodies": state.coming.taken + state.held.taken,
             "threads": max(0, psutil.Process().num_threads() - self.most_threads),
             **{key: (now, at) for key, now, at in zip(Held._fields, held, self.at_first, strict=True) if now > at},
         }

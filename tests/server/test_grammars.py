@@ -1,6 +1,7 @@
 """Grammars that clients bring are checked where no harm can come of them."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,6 +12,7 @@ from engine.errors import QueueFullError
 from engine.grammar.structured_outputs import StructuredOutputs
 from server import grammars
 from server.grammars import GrammarChecker
+from server.turns import CLIENT
 from tests.engine.grammar.accepting import VOCAB, tokenizer_json
 from tests.random_tokenizer import EOS_ID
 
@@ -126,3 +128,25 @@ async def test_who_leaves_takes_nothing_from_who_waits_for_the_same(checker: Gra
     first.cancel()
     await second
     assert first.cancelled()
+
+
+async def test_nobody_waits_in_the_line_of_another(checker: GrammarChecker) -> None:
+    """Who asks for the same grammar as a client that waits behind many of its own."""
+    await checker.check(source(GOOD))  # the process has begun
+    done: list[str] = []
+
+    async def ask(client: str, name: str, schema: Any) -> None:
+        CLIENT.set((client,))
+        with contextlib.suppress(ValueError):
+            await checker.check(source(schema))
+        done.append(f"{client} {name}")
+
+    slow = [asyncio.create_task(ask("many", "slow", {**LOOP, "minimum": number})) for number in range(3)]
+    last = asyncio.create_task(ask("many", "common", {"const": "common"}))
+    await asyncio.sleep(0.01)
+    await ask("one", "common", {"const": "common"})
+    assert done.count("many slow") <= 2
+    for task in (*slow, last):
+        task.cancel()
+    await asyncio.gather(*slow, last, return_exceptions=True)
+    assert not checker._checking and not checker._num_waiting

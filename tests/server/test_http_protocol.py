@@ -1,6 +1,7 @@
 """Connections that hold their server up, or speak no HTTP."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -142,12 +143,12 @@ async def test_a_body_that_stands_still_is_given_up(address: Address, monkeypatc
 async def test_an_answer_that_is_not_read_is_given_up(
     address: Address, monkeypatch: pytest.MonkeyPatch, reads: bool
 ) -> None:
-    monkeypatch.setattr(http_protocol, "_UNREAD_SECONDS", 0.5)
+    monkeypatch.setattr(http_protocol, "_UNREAD_SECONDS", 1.0)
     reader, writer = await asyncio.open_connection(*address, limit=1 << 10)
     writer.write(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     received = 0
     try:
-        for _ in range(20):  # a slow reader is no reader that does not read
+        for _ in range(40):  # a slow reader is no reader that does not read
             await asyncio.sleep(0.1)
             received += len(await reader.read(1 << 20)) if reads else 0
         while chunk := await reader.read(1 << 20):
@@ -157,6 +158,21 @@ async def test_an_answer_that_is_not_read_is_given_up(
     finally:
         writer.close()
     assert (received > LARGE) == reads
+
+
+async def test_what_is_left_of_an_answer_is_given_up_too(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little of it waits for the application to be told, and the connection is being closed."""
+    monkeypatch.setattr(http_protocol, "_UNREAD_SECONDS", 0.3)
+    monkeypatch.setattr(LimitedProtocol, "pause_writing", lambda self: None)
+    reader, writer = await asyncio.open_connection(*address, limit=1 << 10)
+    writer.write(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    await asyncio.sleep(1)
+    received = 0
+    with contextlib.suppress(ConnectionResetError):
+        while chunk := await asyncio.wait_for(reader.read(1 << 20), 5):
+            received += len(chunk)
+    writer.close()
+    assert 0 < received < LARGE
 
 
 async def test_a_slow_upload_goes_on(address: Address) -> None:

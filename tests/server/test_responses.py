@@ -1,6 +1,7 @@
 """`/v1/responses` as OpenAI's client and as a plain one see it."""
 
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -453,6 +454,31 @@ def test_keys_and_bytes(locked: Server) -> None:
     check_error(ask("GET", place, "two", header="x-api-key"), "response_id", status=404)
     assert ask("POST", PATH, "one", previous_response_id=made["id"]).status_code == 200
     error_of(ask("POST", PATH, "one", previous_response_id=made["id"], input="a" * 3000), 413)
+
+
+def test_conversations_that_wait_for_their_grammars_keep_no_place(locked: Server) -> None:
+    """One client continues with what never compiles; another just continues."""
+
+    def ask(key: str, **fields: Any) -> httpx.Response:
+        return locked.post(PATH, {"max_output_tokens": 2, **fields}, headers={"Authorization": f"Bearer {key}"})
+
+    before = {key: ask(key, input="Hi").json()["id"] for key in ("one", "two")}
+    done: list[str] = []
+
+    def continue_with(number: int) -> None:
+        schema = {"type": "integer", "multipleOf": 99_999_989 - 2 * number}
+        form = {"format": {"type": "json_schema", "name": "a", "schema": schema}}
+        assert ask("one", input="x", previous_response_id=before["one"], text=form).status_code == 400
+        done.append("one")
+
+    with ThreadPoolExecutor(6) as pool:
+        waiting = [pool.submit(continue_with, number) for number in range(6)]
+        time.sleep(0.3)
+        answer = ask("two", input="y", previous_response_id=before["two"])
+        done.append("two")
+        for task in waiting:
+            task.result()
+    assert answer.status_code == 200 and done.index("two") <= 1
 
 
 def test_an_engine_that_dies(locked: Server) -> None:

@@ -117,6 +117,8 @@ def test_whatever_happens_turns_go_round(seed: int, most: int, at_once: int) -> 
         (("10.0.0.1", 1), ("10.0.0.2", 1), False),
         (("2001:db8::1", 1), ("2001:db8::ffff:1", 1), True),
         (("2001:db8::1", 1), ("2001:db8:0:1::1", 1), False),
+        (("::ffff:10.0.0.1", 1), ("10.0.0.1", 2), True),
+        (("::ffff:10.0.0.1", 1), ("::ffff:10.0.0.2", 1), False),
         (None, None, True),  # over a Unix socket
     ],
 )
