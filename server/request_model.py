@@ -13,8 +13,9 @@ class RequestModel(BaseModel):
 
     def keep_only(self, *names: str) -> None:
         """Set all other fields to None: they may be large."""
-        for name in type(self).model_fields.keys() - set(names):
-            setattr(self, name, None)
+        for name, value in list(self):
+            if value is not None and name not in names:
+                setattr(self, name, None)
 
 
 @contextmanager

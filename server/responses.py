@@ -16,7 +16,7 @@ from engine.outputs import Delta
 from server.chat import Chat, logprob_json, start_chat
 from server.conversation import Message
 from server.errors import ApiError, bad_request, from_exception
-from server.generation import Usage
+from server.generation import Usage, encoded
 from server.openapi import describe, describe_post
 from server.prompts import check_system_text
 from server.response_store import StoredResponse
@@ -86,9 +86,10 @@ async def _start(state: ServerState, body: ResponsesRequest, owner: bytes, arriv
     messages, shown = await state.in_text_pool(_turns_of, body)
     async with AsyncExitStack() as stack:
         if body.previous_response_id is not None:
-            with _in_our_words(body):  # which may take long, and is remembered: not while others wait for the place
-                alone = await state.in_text_pool(body.chat, [], messages)
-                await state.grammar(alone.params(state.config.sampling_defaults), alone.form_field)
+            if body.has_form:  # trying it may take long, and is remembered: not while others wait for the place
+                with _in_our_words(body):
+                    alone = await state.in_text_pool(body.chat, [], messages)
+                    await state.grammar(alone.params(state.config.sampling_defaults), alone.form_field)
             await stack.enter_async_context(state.continuing.turn())
         before = await _before(state, body, owner, shown)
         with _in_our_words(body):
@@ -258,7 +259,7 @@ class _Text:
     def part(self) -> msgspec.Raw:
         """JSON of the part."""
         part = {"type": "output_text", "text": self.text, "annotations": [], "logprobs": self.logprobs}
-        return msgspec.Raw(msgspec.json.encode(part))
+        return encoded(part)
 
 
 def _json_list(items: list[bytes]) -> msgspec.Raw:

@@ -150,6 +150,11 @@ class ResponsesRequest(SamplingFields):
         """Whether the response is kept after the answer, as it is unless told otherwise."""
         return self.store is not False
 
+    @property
+    def has_form(self) -> bool:
+        """Whether anything is said of what the answer must look like."""
+        return self._response_format() is not None or self.structured_outputs is not None
+
     def check_served(self) -> None:
         """Refuse, with a 400, what is not there; `chat` leaves to the chat what that refuses too."""
         for name, served in _SERVED.items():
