@@ -130,13 +130,15 @@ def _attend(
 ) -> Tensor:
     """Attend with the last tokens of one sequence, (tokens, heads, head_dim), to keys from position `first` on."""
     num_tokens = query.shape[0]
-    mask = None
-    if num_tokens > 1 or window is not None:
+    mask, is_causal = None, False
+    if num_tokens == seq_len and (window is None or window >= seq_len):
+        is_causal = True  # which halves the work
+    elif num_tokens > 1 or window is not None:
         rows = torch.arange(seq_len - num_tokens, seq_len).unsqueeze(1)
         columns = torch.arange(first, seq_len).unsqueeze(0)
         mask = columns <= rows
         if window is not None:
             mask &= columns > rows - window
     heads_first = query.transpose(0, 1).unsqueeze(0)
-    attended = attend(heads_first, keys.unsqueeze(0), values.unsqueeze(0), mask=mask, scale=scale)
+    attended = attend(heads_first, keys.unsqueeze(0), values.unsqueeze(0), mask=mask, is_causal=is_causal, scale=scale)
     return attended.squeeze(0).transpose(0, 1)

@@ -1,5 +1,5 @@
-"""What surrounds the matrix products of few rows on a CPU, one compiled loop each: torch's operations take longer to
-call than to compute.
+"""What surrounds the matrix products on a CPU, one compiled loop each: torch's operations take longer to call than to
+compute where rows are few, and go through memory several times where they are many.
 """
 
 import functools
@@ -17,6 +17,7 @@ from engine.kernels.cpu_tasks import (
     Task,
     array_at,
     compile_task,
+    exp,
     float_of,
     narrow,
     thread_count,
@@ -33,6 +34,21 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
         x.data_ptr(), residual.data_ptr(), weight.data_ptr(), output.data_ptr(), rows, size, _bits(eps),
         numbers=rows * size,
     )  # fmt: skip
+    return output
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """(T, 2 * size) gates and values, contiguous, to (T, size): silu(gate) * value."""
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    output = gate_up.new_empty(rows, size)
+    _silu_task(gate_up.dtype)(gate_up.data_ptr(), output.data_ptr(), rows, size, numbers=rows * size)
+    return output
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """`x` times sigmoid(1.702 x), of any shape, contiguous."""
+    output = torch.empty_like(x)
+    _quick_gelu_task(x.dtype)(x.data_ptr(), output.data_ptr(), x.numel(), numbers=x.numel())
     return output
 
 
@@ -86,6 +102,53 @@ def _norm(x: Any, residual: Any, weight: Any, output: Any, eps: Any, stored: Any
     for i in range(len(x)):
         normed = narrow(wide(residual[i]) * scale, stored)
         output[i] = narrow(wide(normed) * wide(weight[i]), stored)
+
+
+@njit(fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _sigmoid(x: Any) -> Any:
+    """A division that may raise is not made of many numbers at once, so that it must not."""
+    shrunk = exp(-abs(x))
+    return (np.float32(1) if x >= np.float32(0) else shrunk) / (np.float32(1) + shrunk)
+
+
+@functools.cache
+def _silu_task(dtype: torch.dtype) -> Task:
+    stored = STORED_AS[dtype]
+
+    def task(a: Any) -> None:
+        rows, size = a[2], a[3]
+        gate_up, output = array_at(a[0], (rows, 2, size), stored), array_at(a[1], (rows, size), stored)
+        for row in range(thread_number(), rows, thread_count()):
+            _silu_mul(gate_up[row, 0], gate_up[row, 1], output[row], stored)
+
+    return compile_task(task)
+
+
+@njit(fastmath=True)  # type: ignore[untyped-decorator]
+def _silu_mul(gate: Any, up: Any, output: Any, stored: Any) -> None:
+    for i in range(len(output)):
+        number = wide(gate[i])
+        activated = narrow(number * _sigmoid(number), stored)  # rounded in between, as torch's operations are
+        output[i] = narrow(wide(activated) * wide(up[i]), stored)
+
+
+@functools.cache
+def _quick_gelu_task(dtype: torch.dtype) -> Task:
+    stored = STORED_AS[dtype]
+
+    def task(a: Any) -> None:
+        x, output = array_at(a[0], (a[2],), stored), array_at(a[1], (a[2],), stored)
+        first, end = a[2] * thread_number() // thread_count(), a[2] * (thread_number() + 1) // thread_count()
+        _quick_gelu(x[first:end], output[first:end], stored)
+
+    return compile_task(task)
+
+
+@njit(fastmath=True)  # type: ignore[untyped-decorator]
+def _quick_gelu(x: Any, output: Any, stored: Any) -> None:
+    for i in range(len(x)):
+        number = wide(x[i])
+        output[i] = narrow(number * _sigmoid(np.float32(1.702) * number), stored)
 
 
 @functools.cache

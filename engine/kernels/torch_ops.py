@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `engine.kernels.add_rms_norm`."""
-    if len(x) <= _MOST_THIN and x.device.type == "cpu" and x.dtype.itemsize <= 4 and runs_compiled():
+    if _is_compiled(x):
         from engine.kernels.cpu_ops import add_rms_norm  # numba takes time to import: not beside a GPU
 
         return add_rms_norm(x, residual, weight, eps)
@@ -31,13 +31,25 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See `engine.kernels.silu_mul`."""
+    if _is_compiled(gate_up):
+        from engine.kernels.cpu_ops import silu_mul
+
+        return silu_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     """See `engine.kernels.quick_gelu`."""
+    if _is_compiled(x):
+        from engine.kernels.cpu_ops import quick_gelu
+
+        return quick_gelu(x)
     return x * torch.sigmoid(1.702 * x)
+
+
+def _is_compiled(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype.itemsize <= 4 and x.is_contiguous() and runs_compiled()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -57,7 +69,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
 ) -> Tensor:
     """Attention of (B, heads, tokens, head_dim) to keys and values, whose heads may be fewer.
 
@@ -66,13 +84,16 @@ def attend(
         key: (B, kv_heads, keys, head_dim), of any type.
         value: likewise.
         mask: (tokens, keys) true where a key is seen; None: all are.
+        is_causal: without a mask and with as many keys as tokens, each token sees those up to its own.
         scale: of the scores; None: one over the root of the head's size.
     """
     dtype = query.dtype
     widens = query.device.type == "cpu" and not multiplies_in(dtype)
     query, key, value = (x.to(torch.float32 if widens else dtype) for x in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    attended = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+    )
     return attended.to(dtype)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.kernels import torch_ops
-from engine.kernels.cpu_ops import add_rms_norm
+from engine.kernels.cpu_ops import add_rms_norm, quick_gelu, silu_mul
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -33,3 +33,20 @@ def test_rounding_as_by_torch(dtype: torch.dtype) -> None:
     expected = (x.float() + residual.float()).to(dtype)
     add_rms_norm(x, residual, torch.ones(x.shape[1], dtype=dtype), 1e-5)
     assert torch.equal(residual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (3, 7), (70, 1030)])
+def test_activations_as_by_torch(shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one thread and on all, and where the exponential is nothing or endless."""
+    rows, size = shape
+    x = torch.randn(rows, 2 * size, generator=torch.Generator().manual_seed(rows)).to(dtype) * 9
+    x[0, 0], x[0, -1] = -300, 300
+    found = silu_mul(x), quick_gelu(x)
+    monkeypatch.setattr(torch_ops, "runs_compiled", lambda: False)
+    # Torch rounds the sigmoid too, what is compiled only the product.
+    expected = torch_ops.silu_mul(x), torch_ops.quick_gelu(x.float()).to(dtype)
+    tolerance = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype and one.shape == other.shape
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
