@@ -47,9 +47,9 @@ def _main(receiver: Connection, log_level: str, log_format: str) -> None:
     # A terminal sends Ctrl-C to both processes; the parent drains first and then says stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # Threads that have done their part of a product stay awake for the next one, about a millisecond, and then sleep:
+    # Threads that have done their part of a product stay awake for the next one, some milliseconds, and then sleep:
     # to wake them takes as long as a small product. Those that never sleep take the processor from the other process.
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for other runtimes than GNU's
     from transformers import LlamaConfig  # noqa: F401 - the assignment holds one, and its imports take seconds too
 

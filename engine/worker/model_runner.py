@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import ModelLoadError
 from engine.grammar.compiler import GrammarCompiler
 from engine.input_processor import tokenizer_json
+from engine.kernels import quick_gelu
 from engine.models.linear import pack_weights
 from engine.models.llava import LlavaForConditionalGeneration
 from engine.models.loader import load_model
@@ -278,6 +279,8 @@ class ModelRunner:
         started = time.monotonic()
         with torch.inference_mode():
             self._profile_step(1)
+            if self._vision is not None:
+                quick_gelu(self._zeros(1))
         logger.info("compiled kernels in %.1f s", time.monotonic() - started)
 
     def _free_gpu_bytes(self, budget: GpuBudget) -> int:
