@@ -117,7 +117,7 @@ def _score(query: Any, keys: Any, blocks: Any, first: int, end: int, scores: Any
                 scores[q, position - first] = total
 
 
-@njit(fastmath=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _softmax(scores: Any) -> Any:
     """In place; returns the logarithm of what they were divided by."""
     largest, total = scores[0], np.float32(0)
@@ -146,7 +146,7 @@ def _weigh(output: Any, values: Any, blocks: Any, first: int, end: int, scores: 
                     total[d] += weight * wide(value[d])
 
 
-@njit(fastmath=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _merge(parted: Any, logs: Any, output: Any) -> None:
     """The results (parts, heads, head_dim) of one request, each weighed by what its scores were divided by."""
     for q in range(len(output)):

@@ -92,7 +92,7 @@ def _norm_task(dtype: torch.dtype) -> Task:
     return compile_task(task)
 
 
-@njit(fastmath=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _norm(x: Any, residual: Any, weight: Any, output: Any, eps: Any, stored: Any) -> None:
     squares = np.float32(0)
     for i in range(len(x)):

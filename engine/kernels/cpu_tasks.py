@@ -128,7 +128,8 @@ def compile_task(task: Callable[[Any], None]) -> Task:
     """A function of integers that runs `task`, which gets an array of them, on all threads at once; on the caller's
     alone where the work is that of so few numbers that waiting for the others would take longer.
 
-    What was compiled is kept for the next start where there is a folder for it.
+    What was compiled is kept for the next start where there is a folder for it. Loops that divide are to be compiled
+    with numpy's error model: nobody would learn of what they raise, and what is not a number divides like any other.
     """
     library = _openmp()
     numba.config.CACHE_DIR = _cache_folder(task.__code__.co_filename)

@@ -10,7 +10,7 @@ from engine.kernels.cpu_packed import packed_linear
 _WIDENING_PAYS = 16
 """Rows from which a product in float32 makes up for widening the weight, on a CPU without instructions for its type."""
 _MOST_THIN = 32
-"""Rows up to which what is compiled is faster than torch's operations."""
+"""Rows up to which a compiled product is faster than torch's."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -23,6 +23,17 @@ def test_norm_as_by_torch(shape: tuple[int, int], dtype: torch.dtype, monkeypatc
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("rows", [1, 400])
+def test_what_is_no_number_spoils_its_own_row(rows: int, number: float) -> None:
+    """On one thread and on all, and without an error that nobody would see."""
+    x, residual, weight = torch.ones(rows, 256), torch.zeros(rows, 256), torch.ones(256)
+    x[-1] = number
+    found = add_rms_norm(x, residual, weight, 0.0)
+    assert not found[-1].isfinite().any()
+    torch.testing.assert_close(found[:-1], torch.ones(rows - 1, 256))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_as_by_torch(dtype: torch.dtype) -> None:
     """Ties, subnormal numbers, and what is too large: the sum with nothing is the number itself, rounded."""
