@@ -132,7 +132,7 @@ def _attend(
     num_tokens = query.shape[0]
     mask, is_causal = None, False
     if num_tokens == seq_len and (window is None or window >= seq_len):
-        is_causal = True  # which halves the work
+        is_causal = True  # torch then leaves out part of what no token sees
     elif num_tokens > 1 or window is not None:
         rows = torch.arange(seq_len - num_tokens, seq_len).unsqueeze(1)
         columns = torch.arange(first, seq_len).unsqueeze(0)
